@@ -60,7 +60,6 @@ def use_style() -> None:
             "lines.markersize": 5,
             "mathtext.fontset": "dejavusans",
             "savefig.dpi": 200,
-            "savefig.facecolor": "figure",
         }
     )
 
