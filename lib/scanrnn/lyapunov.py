@@ -1,0 +1,202 @@
+r"""How fast small differences grow or shrink along a trajectory: long-term Jacobians and Lyapunov exponents.
+
+A cell maps x_{t-1} to x_t. With D_t = ∂x_t/∂x_{t-1}, the long-term Jacobian is M_t = D_t ... D_1. Its singular values
+behave as exp(Λ_i t); the rates Λ_1 ≥ ... ≥ Λ_N are the Lyapunov exponents, in nats per step. They are found without
+ever forming M_t, by carrying k orthonormal directions along and re-orthonormalising them:
+
+    D_t Q_{t-1} = Q_t R_t,      Λ_i = mean over t of log |R_t,ii|.
+
+Every function takes any cell `cell(input, state) -> state`. N counts real coordinates of the state: a pytree is
+ravelled (an LSTM has 2 × hidden), a complex state is seen as R^{2N}, in which each log|λ| comes twice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from ._checks import require_finite, require_inexact, require_integer, time_length
+from .recurrence import check_cell
+
+Cell = Callable[[Any, Any], Any]
+_Step = Callable[[Any, Array], Array]
+
+
+def local_exponents(
+    cell: Cell,
+    state: PyTree,
+    inputs: PyTree,
+    num_exponents: int,
+    *,
+    interval: int = 1,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "blocks num_exponents"]:
+    r"""$\log|R_{ii}|$ of each block of `interval` steps, $D_{t+\ell}\cdots D_{t+1} Q_t = Q_{t+\ell} R$; (T / interval, k), in nats.
+
+    For k = N their sum over i is exactly $\log|\det|$ of the block's Jacobian. Differentiable in everything: the
+    trajectory, Q and R. A long interval loses digits, since R's condition number grows with it.
+
+    The first directions come from the QR decomposition of a Gaussian (N, k) matrix drawn with `key`; `None` stands for
+    `jax.random.key(0)`. A singular Jacobian gives -inf; NaN in traced inputs gives NaN.
+
+    Raises `ValueError` where T = 0, k is not in 1 ... N, T is not a multiple of `interval`, the inputs or the state are
+    not finite, or the cell's new state differs in structure or shape from the old one; `TypeError` for an integer state.
+    """
+    step, start, directions = _prepare(cell, state, inputs, key, num_exponents=num_exponents)
+    _require_multiple("the number of steps T", time_length("inputs", inputs), interval)
+    _, logs = _local_exponents(step, (start, directions), inputs, interval)
+    return logs
+
+
+def lyapunov_exponents(
+    cell: Cell,
+    state: PyTree,
+    inputs: PyTree,
+    num_exponents: int,
+    *,
+    transient: int = 0,
+    interval: int = 1,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, " num_exponents"]:
+    r"""The k leading Lyapunov exponents $\Lambda_i = \frac1{T}\sum_t \log|R_{t,ii}|$, in nats per step, descending; (k,).
+
+    The first `transient` steps are run, so that trajectory and directions settle, and not counted. The rest must be a
+    multiple of `interval`, the number of steps between two QR decompositions. `key`, differentiability and errors are
+    those of `local_exponents`; also `ValueError` if `transient` leaves no step to count.
+
+    The finite-time bias is O(1/T): exponentially small where the Jacobian is constant with real, distinct eigenvalues,
+    1/T for complex pairs. Method: Benettin et al. (1980); for recurrent networks Engelken, Wolf & Abbott (2023).
+    """
+    step, start, directions = _prepare(cell, state, inputs, key, num_exponents=num_exponents)
+    length = time_length("inputs", inputs)
+    require_integer("transient", transient, minimum=0, maximum=length - 1)
+    _require_multiple("the number of counted steps, T - transient,", length - transient, interval)
+    carry = (start, directions)
+    remainder = transient % interval
+    for first, last, block in ((0, remainder, remainder), (remainder, transient, interval)):
+        if last > first:
+            carry, _ = _local_exponents(step, carry, _slice(inputs, first, last), block)
+    _, logs = _local_exponents(step, carry, _slice(inputs, transient, length), interval)
+    return -jnp.sort(-jnp.mean(logs, axis=0) / interval)
+
+
+def long_term_jacobian(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Array, "state state"]:
+    r"""$M_T = \partial x_T/\partial x_0 = D_T\cdots D_1$; (N, N).
+
+    A plain product: its small singular values drown in rounding once the condition number passes 1/ε (36 nats in
+    float64, 16 in float32). Use `log_condition_number` beyond. Errors as in `local_exponents`.
+    """
+    step, start, _ = _prepare(cell, state, inputs, None, num_directions=1)
+
+    def advance(carry, input):
+        x, product = carry
+        return _push(step, x, input, product), None
+
+    (_, product), _ = jax.lax.scan(advance, (start, jnp.eye(start.size, dtype=start.dtype)), inputs)
+    return product
+
+
+def log_condition_number(
+    cell: Cell,
+    state: PyTree,
+    inputs: PyTree,
+    num_directions: int,
+    *,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, " time"]:
+    r"""$\log\kappa_2$ of the long-term Jacobian on k directions, $P_t = R_t\cdots R_1$, after each step; (T,), in nats.
+
+    It grows as $(\Lambda_1-\Lambda_k)\,t$. The product itself would overflow, and lose its small singular values at 36
+    nats. So it is kept as $P = \mathrm{diag}(e^{\ell})\,U$ with logarithmic row scales ℓ and U upper triangular with
+    unit diagonal (up to sign), which stays of order one; then $\kappa = \|P\|\,\|P^{-1}\|$, each norm of a matrix whose
+    scale was taken out first. `key` and errors are those of `local_exponents`.
+    """
+    step, start, directions = _prepare(cell, state, inputs, key, num_directions=num_directions)
+    identity = jnp.eye(num_directions, dtype=start.dtype)
+
+    def advance(carry, input):
+        x, q, scales, unit = carry
+        x, pushed = _push(step, x, input, q)
+        q, r = jnp.linalg.qr(pushed)
+        new_scales = scales + jnp.log(jnp.abs(jnp.diagonal(r)))
+        # Rows are ordered by decay, so these factors do not grow; the lower triangle is zero and must not become inf * 0.
+        factors = jnp.triu(jnp.exp(jnp.triu(scales[None, :] - new_scales[:, None])))
+        unit = (r * factors) @ unit
+        return (x, q, new_scales, unit), _log_condition(new_scales, unit, identity)
+
+    carry = (start, directions, jnp.zeros(num_directions, start.dtype), identity)
+    _, conditions = jax.lax.scan(advance, carry, inputs)
+    return conditions
+
+
+def _log_condition(scales: Array, unit: Array, identity: Array) -> Array:
+    """log κ of diag(exp(scales)) @ unit, with `unit` upper triangular and well conditioned."""
+    highest, lowest = jnp.max(scales), jnp.min(scales)
+    inverse = jax.scipy.linalg.solve_triangular(unit, identity)
+    norm = jnp.linalg.norm(jnp.exp(scales - highest)[:, None] * unit, 2)
+    inverse_norm = jnp.linalg.norm(inverse * jnp.exp(lowest - scales)[None, :], 2)
+    return (highest + jnp.log(norm)) - (lowest - jnp.log(inverse_norm))
+
+
+def _prepare(cell: Cell, state: PyTree, inputs: PyTree, key: PRNGKeyArray | None, **count: int):
+    """Check the arguments, the number of directions under its public name; return the cell as a map of R^N, the start in R^N, and k orthonormal directions."""
+    time_length("inputs", inputs)
+    require_inexact("state", state)
+    require_finite("state", state)
+    require_finite("inputs", inputs)
+    check_cell(cell, state, inputs)
+    start, unravel = ravel_pytree(_to_real(state))
+    ((name, num_directions),) = count.items()
+    require_integer(name, num_directions, minimum=1, maximum=start.size)
+
+    def step(input: Any, x: Array) -> Array:
+        return ravel_pytree(_to_real(cell(input, _from_real(unravel(x), state))))[0]
+
+    key = jax.random.key(0) if key is None else key
+    directions, _ = jnp.linalg.qr(jax.random.normal(key, (start.size, num_directions), start.dtype))
+    return step, start, directions
+
+
+def _local_exponents(step: _Step, carry: tuple[Array, Array], inputs: PyTree, interval: int):
+    """Scan over blocks of `interval` steps, with a QR decomposition after each."""
+
+    def advance(carry, input):
+        x, q = carry
+        return _push(step, x, input, q), None
+
+    def block(carry, inputs):
+        (x, pushed), _ = jax.lax.scan(advance, carry, inputs)
+        q, r = jnp.linalg.qr(pushed)
+        return (x, q), jnp.log(jnp.abs(jnp.diagonal(r)))  # R's signs are arbitrary and cancel
+
+    blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, interval, *leaf.shape[1:]), inputs)
+    return jax.lax.scan(block, carry, blocks)
+
+
+def _push(step: _Step, x: Array, input: Any, directions: Array) -> tuple[Array, Array]:
+    """One step of the state and of the tangent directions: (f(x), D Q)."""
+    new_x, derivative = jax.linearize(lambda x: step(input, x), x)
+    return new_x, jax.vmap(derivative, in_axes=1, out_axes=1)(directions)
+
+
+def _to_real(state: PyTree) -> PyTree:
+    """Complex leaves as (re, im) pairs."""
+    return jax.tree.map(lambda z: jnp.stack([z.real, z.imag]) if jnp.iscomplexobj(z) else z, state)
+
+
+def _from_real(real: PyTree, like: PyTree) -> PyTree:
+    """The inverse of `_to_real`, for a state shaped as `like`."""
+    return jax.tree.map(lambda x, z: jax.lax.complex(x[0], x[1]) if jnp.iscomplexobj(z) else x, real, like)
+
+
+def _slice(inputs: PyTree, first: int, last: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[first:last], inputs)
+
+
+def _require_multiple(name: str, length: int, interval: int) -> None:
+    require_integer("interval", interval, minimum=1)
+    if length % interval:
+        raise ValueError(f"{name} must be a multiple of interval = {interval}, got {length}")

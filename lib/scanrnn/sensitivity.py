@@ -1,0 +1,126 @@
+r"""Measured, on any cell: how errors travel back through time, and how the state answers to the parameters.
+
+For a loss that reads the last state with error vector δ_T = ∂L/∂h_T,
+
+    δ_{t-1} = D_tᵀ δ_t,        dL/dθ = Σ_t  (∂h_t/∂θ)ᵀ δ_t     (∂ at fixed h_{t-1}),
+
+`backpropagated_errors` returns the δ_t and `gradient_terms` the terms of the sum. Every function measures one sequence;
+`estimate` turns a sample of such measurements into a mean with its standard error.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from ._checks import require_finite, require_inexact, time_length
+from .recurrence import check_cell, scan_cell
+
+Cell = Callable[[Any, Any], Any]
+
+
+class Estimate(NamedTuple):
+    """A sample mean and its standard error, the sample's standard deviation over √n."""
+
+    mean: Array
+    standard_error: Array
+
+
+def estimate(samples: Float[Array, "samples ..."]) -> Estimate:
+    """The mean over the leading axis and its standard error; `ValueError` for fewer than two samples.
+
+    A sample that is not finite makes both results not finite: divergences are never dropped.
+    """
+    samples = jnp.asarray(samples)
+    if samples.ndim == 0 or samples.shape[0] < 2:
+        raise ValueError(f"samples must have a leading axis of at least 2, got shape {samples.shape}")
+    count = samples.shape[0]
+    return Estimate(
+        jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(count, samples.dtype))
+    )
+
+
+def squared_norm(tree: PyTree, *, keep_axes: int = 0) -> Float[Array, "..."]:
+    """Σ|·|² over all the arrays of a pytree, except over their first `keep_axes` axes (time, samples)."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
+    return sum(jnp.sum(jnp.abs(leaf) ** 2, axis=tuple(range(keep_axes, leaf.ndim))) for leaf in leaves)
+
+
+def backpropagated_errors(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
+    r"""$\delta_t = M_{T,t}^\top\,\delta_T = \partial L/\partial h_t$ for t = 0 ... T; a state with leading axis T + 1.
+
+    `error` is δ_T, shaped as the state. Row t belongs to h_t, so row T is `error` and row 0 the gradient with respect
+    to the initial state. Errors raised: as `gradient_terms`.
+    """
+    states, errors = _backpropagate(cell, state, inputs, error)
+    del states
+    return errors
+
+
+def gradient_terms(cell: eqx.Module, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
+    r"""The T terms of the gradient, $(\partial h_t/\partial\theta)^\top\delta_t$ at fixed $h_{t-1}$; the cell's arrays with leading axis T.
+
+    Term t is what the use of the parameters at step t contributes; their sum over t is dL/dθ.
+
+    Raises `ValueError` where T = 0, the inputs, state or error are not finite, `error` is not shaped as the state, or
+    the cell's new state differs in structure or shape from the old one; `TypeError` for an integer state. NaN in traced
+    arguments gives NaN.
+    """
+    states, errors = _backpropagate(cell, state, inputs, error)
+    previous = jax.tree.map(lambda leaf: leaf[:-1], states)
+    received = jax.tree.map(lambda leaf: leaf[1:], errors)
+    parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
+
+    def term(input, h, delta):
+        _, pullback = jax.vjp(lambda theta: eqx.combine(theta, rest)(input, h), parameters)
+        return pullback(delta)[0]
+
+    return jax.vmap(term)(inputs, previous, received)
+
+
+def parameter_sensitivity(cell: eqx.Module, state: PyTree, inputs: PyTree) -> Float[Array, " time"]:
+    r"""$\|\mathrm dh_t/\mathrm d\theta\|_F^2$ after each step, over all parameters and state coordinates; (T,).
+
+    Total derivatives, through the whole past, by forward accumulation: $\mathrm d_\theta h_t = D_t\,\mathrm d_\theta
+    h_{t-1} + \partial_\theta h_t$. Cost: one tangent for each parameter, so meant for networks of up to some 10⁴ of them.
+    Errors raised: as `gradient_terms`.
+    """
+    _check(cell, state, inputs)
+    parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
+
+    def states(theta):
+        return scan_cell(eqx.combine(theta, rest), state, inputs)[1]
+
+    return squared_norm(jax.jacfwd(states)(parameters), keep_axes=1)
+
+
+def _backpropagate(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> tuple[PyTree, PyTree]:
+    """All states h_0 ... h_T and all errors δ_0 ... δ_T."""
+    _check(cell, state, inputs)
+    require_finite("error", error)
+    if jax.tree.map(jnp.shape, error) != jax.tree.map(jnp.shape, state):
+        raise ValueError(
+            f"error must be shaped as the state, {jax.tree.map(jnp.shape, state)}, got {jax.tree.map(jnp.shape, error)}"
+        )
+    _, later = scan_cell(cell, state, inputs)
+    states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, later)
+
+    def back(delta, step):
+        input, h = step
+        _, pullback = jax.vjp(lambda h: cell(input, h), h)
+        return pullback(delta)[0], delta
+
+    previous = jax.tree.map(lambda leaf: leaf[:-1], states)
+    first, received = jax.lax.scan(back, error, (inputs, previous), reverse=True)
+    return states, jax.tree.map(lambda head, rest: jnp.concatenate([head[None], rest]), first, received)
+
+
+def _check(cell: Cell, state: PyTree, inputs: PyTree) -> None:
+    time_length("inputs", inputs)
+    require_inexact("state", state)
+    require_finite("state", state)
+    require_finite("inputs", inputs)
+    check_cell(cell, state, inputs)
