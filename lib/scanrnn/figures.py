@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
-from jaxtyping import ArrayLike, Float
+from jaxtyping import ArrayLike, Real
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -120,12 +120,12 @@ class Agreement:
 
 def theory_vs_measured(
     axes: Axes,
-    x: Float[ArrayLike, " points"],
-    measured: Float[ArrayLike, " points"],
-    standard_errors: Float[ArrayLike, " points"],
-    theory: Callable[[np.ndarray], ArrayLike] | Float[ArrayLike, " points"] | None = None,
+    x: Real[ArrayLike, " points"],
+    measured: Real[ArrayLike, " points"],
+    standard_errors: Real[ArrayLike, " points"],
+    theory: Callable[[np.ndarray], ArrayLike] | Real[ArrayLike, " points"] | None = None,
     *,
-    theory_x: Float[ArrayLike, " grid"] | None = None,
+    theory_x: Real[ArrayLike, " grid"] | None = None,
     label: str | None = None,
     residual_axes: Axes | None = None,
 ) -> Agreement | None:
@@ -183,6 +183,8 @@ def _draw_residuals(axes: Axes, x: np.ndarray, residuals: np.ndarray, style: dic
     if not axes.get_ylabel():
         axes.set_ylabel("residual\n(s.e.)")
     axes.plot(x, residuals, **style)
+    limit = max(3.0, 1.2 * np.abs(residuals).max(), *np.abs(axes.get_ylim()))
+    axes.set_ylim(-limit, limit)
 
 
 def _grid(axes: Axes, x: np.ndarray) -> np.ndarray:
