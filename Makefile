@@ -7,7 +7,7 @@
 #   make bench        benchmarks
 #   make lint         ruff and pyright
 #   make browser      install the Chromium that the site's tests need (Debian, Ubuntu; as root)
-#   make constraints  resolve constraints.txt anew
+#   make constraints  resolve constraints.txt after a change in pyproject.toml (UPGRADE=--upgrade: newest of all)
 #   make address ADDRESS=https://github.com/owner/name     tell the whole project where it lives
 #   make clean        remove what was built; `make distclean` removes the virtual environment too
 
@@ -54,7 +54,9 @@ browser:
 	@command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install --yes chromium; }
 
 constraints: $(READY)
-	$(PY) -m tools.constraints
+	@$(PY) -c "import uv" 2>/dev/null || $(PY) -m pip install --quiet uv
+	$(PY) -m uv pip compile --universal pyproject.toml --all-extras --output-file constraints.txt \
+	    --no-emit-index-url --custom-compile-command "make constraints" $(UPGRADE)
 
 address: $(READY)
 	@$(PY) -m tools.address $(ADDRESS)
