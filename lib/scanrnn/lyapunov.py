@@ -132,6 +132,53 @@ def log_condition_number(
     return conditions
 
 
+def mean_square_exponent(
+    cell: Cell,
+    state: PyTree,
+    inputs: PyTree,
+    *,
+    transient: int = 0,
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, ""]:
+    r"""The mean-square rate $\lim_t \frac1{2t}\log\mathbb E\|M_t v\|^2$ over random inputs, in nats per step; a scalar.
+
+    Never below the typical rate $\Lambda_1=\lim_t\frac1t\mathbb E\log\|M_t v\|$; the two agree if growth does not
+    fluctuate. `inputs` holds independent samples of the input, (walkers, T, ...).
+
+    A plain average over samples fails as soon as rarer sequences carry the mean than were drawn. So the walkers are
+    resampled after each step in proportion to $\|Dv\|^2$, and the rate is the mean over t of ½ log of the walkers' mean
+    $\|Dv\|^2$; its bias is O(1/walkers). The first `transient` steps are not counted. Method: Vanneste (2010).
+
+    `key` draws directions and resampling; `None` stands for `jax.random.key(0)`. Errors as in `lyapunov_exponents`.
+    """
+    walkers = time_length("inputs", inputs)
+    require_finite("inputs", inputs)
+    step, start, _ = _prepare(cell, state, jax.tree.map(lambda leaf: leaf[0], inputs), None, num_directions=1)
+    by_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), inputs)
+    length = time_length("inputs", by_time)
+    require_integer("transient", transient, minimum=0, maximum=length - 1)
+    direction_key, resampling_key = jax.random.split(jax.random.key(0) if key is None else key)
+    offsets = jax.random.uniform(resampling_key, (length,), start.dtype)
+
+    def push(input, x, v):
+        return jax.jvp(lambda x: step(input, x), (x,), (v,))
+
+    def advance(carry, now):
+        input, offset = now
+        x, v = jax.vmap(push)(input, *carry)
+        powers = jnp.sum(v**2, axis=1)
+        ranks = (jnp.arange(walkers, dtype=powers.dtype) + offset) / walkers  # systematic resampling: the least noise
+        chosen = jnp.searchsorted(jnp.cumsum(powers) / jnp.sum(powers), ranks).clip(max=walkers - 1)
+        v = v / jnp.sqrt(powers)[:, None]
+        return (x[chosen], v[chosen]), 0.5 * jnp.log(jnp.mean(powers))
+
+    states = jnp.broadcast_to(start, (walkers, start.size))
+    directions = jax.random.normal(direction_key, states.shape, start.dtype)
+    directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
+    _, rates = jax.lax.scan(advance, (states, directions), (by_time, offsets))
+    return jnp.mean(rates[transient:])
+
+
 def _log_condition(scales: Array, unit: Array, identity: Array) -> Array:
     """log κ of diag(exp(scales)) @ unit, with `unit` upper triangular and well conditioned."""
     highest, lowest = jnp.max(scales), jnp.min(scales)

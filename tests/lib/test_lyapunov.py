@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scanrnn.cells import ElmanCell, VanillaCell, gaussian
-from scanrnn.lyapunov import local_exponents, log_condition_number, long_term_jacobian, lyapunov_exponents
+from scanrnn.lyapunov import local_exponents, log_condition_number, long_term_jacobian, lyapunov_exponents, mean_square_exponent
+from scanrnn.sensitivity import estimate
 from scanrnn.theory import gaussian_product_exponents, gaussian_product_spread, mean_field
 
 
@@ -256,6 +257,41 @@ def test_condition_number_equals_a_plain_svd_while_that_still_works():
     values = np.linalg.svd(long_term_jacobian(cell, state, inputs), compute_uv=False)
     measured = log_condition_number(cell, state, inputs, 6)[-1]
     np.testing.assert_allclose(measured, np.log(values[0] / values[-1]), rtol=0, atol=1e-8)
+
+
+# --- the mean-square rate ---------------------------------------------------------------------------------------------
+
+
+def test_mean_square_rate_of_a_random_product_is_an_eigenvalue():
+    # E ‖M v‖² is linear in v vᵀ: its growth is the spectral radius of E[A ⊗ A], exactly.
+    matrices = jnp.array([[[0.5, 2.0], [0.0, 0.5]], [[0.5, 0.0], [2.0, 0.5]]])
+    exact = 0.5 * np.log(np.abs(np.linalg.eigvals(np.mean([np.kron(a, a) for a in matrices], axis=0))).max())
+    runs, walkers, steps = 8, 1000, 220
+    inputs = matrices[jr.bernoulli(jr.key(0), 0.5, (runs, walkers, steps)).astype(int)]
+    rates = jax.jit(
+        jax.vmap(lambda x, key: mean_square_exponent(multiply, jnp.ones(2), x, transient=20, key=key))
+    )(inputs, jr.split(jr.key(1), runs))
+    mean, standard_error = estimate(rates)
+    assert abs(mean - exact) < 4 * standard_error
+    typical = lyapunov_exponents(multiply, jnp.ones(2), inputs[0, 0], 1, transient=20)[0]
+    assert standard_error < 0.001
+    assert exact > typical + 0.01  # the two rates differ, so the test can tell them apart
+
+
+def test_mean_square_rate_without_fluctuations_is_the_typical_rate():
+    inputs = jnp.broadcast_to(jnp.diag(jnp.array([0.9, 0.5])), (10, 300, 2, 2))
+    rate = mean_square_exponent(multiply, jnp.ones(2), inputs, transient=100)
+    np.testing.assert_allclose(rate, np.log(0.9), rtol=0, atol=1e-13)
+
+
+def test_mean_square_rate_refuses_bad_arguments():
+    inputs = jnp.zeros((4, 5, 2, 2))
+    with pytest.raises(ValueError, match="transient must be between 0 and 4, got 5"):
+        mean_square_exponent(multiply, jnp.ones(2), inputs, transient=5)
+    with pytest.raises(ValueError, match=r"inputs must be finite, got nan at index \(3, 0, 0, 0\)"):
+        mean_square_exponent(multiply, jnp.ones(2), inputs.at[3].set(jnp.nan))
+    with pytest.raises(ValueError, match="inputs must have at least one time step"):
+        mean_square_exponent(multiply, jnp.ones(2), inputs[:, :0])
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
