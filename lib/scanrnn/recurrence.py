@@ -3,14 +3,14 @@
 A linear recurrence h_t = a_t h_{t-1} + b_t (elementwise in the N hidden units) and a cell
 h_t = cell(x_t, h_{t-1}): one function each, both with time as the leading axis.
 
-Written as one equation over all times, the linear recurrence is a bidiagonal system (I - A S) h = b, where S
-shifts by one step. Its derivative is again a linear recurrence with the same coefficients,
-dh_t = a_t dh_{t-1} + (da_t h_{t-1} + db_t), so that is how it is differentiated here: the gradient with respect
-to the coefficients becomes one product outside the loop instead of an accumulation inside it, and forward mode,
-reverse mode and their compositions all follow from the one rule.
+Written for all times at once, the linear recurrence is a bidiagonal linear system, (I - A S) h = b, where S moves a
+sequence one step later. So it is given to JAX as a linear solve: the tangents of its solution solve the same
+system, the cotangents solve the transposed one, which is the recurrence run the other way, and the gradient with
+respect to the coefficients is one product outside the loop. No loop is ever differentiated.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import equinox as eqx
@@ -52,76 +52,85 @@ def linear_recurrence(
     **Raises:** `TypeError` if an array is not floating point; `ValueError` if a shape does not fit, T is 0 or the
     method is unknown. Values are not looked at: NaN or infinity in gives NaN or infinity out.
     """
-    coefficients, inputs = jnp.asarray(coefficients), jnp.asarray(inputs)
-    require_inexact("coefficients", coefficients)
-    require_inexact("inputs", inputs)
-    require_rank("coefficients", coefficients, 1, 2)
-    require_rank("inputs", inputs, 2)
-    time_length("inputs", inputs)
-    allowed = (inputs.shape[1:], inputs.shape)
-    if coefficients.shape not in allowed:
-        raise ValueError(
-            f"coefficients must have shape {allowed[0]} or {allowed[1]} to fit inputs of shape {inputs.shape}, "
-            f"got {coefficients.shape}"
-        )
-    if initial_state is None:
-        initial_state = jnp.zeros_like(inputs[0])
-    initial_state = jnp.asarray(initial_state)
-    require_inexact("initial_state", initial_state)
-    if initial_state.shape != inputs.shape[1:]:
-        raise ValueError(
-            f"initial_state must have shape {inputs.shape[1:]} to fit inputs of shape {inputs.shape}, "
-            f"got {initial_state.shape}"
-        )
+    arrays = {"coefficients": jnp.asarray(coefficients), "inputs": jnp.asarray(inputs)}
+    if initial_state is not None:
+        arrays["initial_state"] = jnp.asarray(initial_state)
+    _check_arrays(arrays)
     if method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, _METHODS))}, got {method!r}")
-
-    with jax.numpy_dtype_promotion("standard"):  # the one place where dtypes may mix
-        dtype = jnp.result_type(coefficients, inputs, initial_state)
     if method == "auto":
         method = "sequential" if jax.default_backend() == "cpu" else "associative"
     run = _sequential if method == "sequential" else _associative
-    return run(coefficients.astype(dtype), inputs.astype(dtype), initial_state.astype(dtype), reverse)
+
+    with jax.numpy_dtype_promotion("standard"):  # here, and only here, dtypes may mix
+        dtype = jnp.result_type(*arrays.values())
+    return _solve(**{name: array.astype(dtype) for name, array in arrays.items()}, reverse=reverse, run=run)
 
 
-def _with_derivative(run: Callable) -> Callable:
-    """Give `run(coefficients, inputs, initial_state, reverse)` the recurrence's own derivative."""
-    run = jax.custom_jvp(run, nondiff_argnums=(3,))
-
-    @run.defjvp
-    def _derivative(reverse, primals, tangents):
-        coefficients, inputs, initial_state = primals
-        d_coefficients, d_inputs, d_initial_state = tangents
-        states = run(coefficients, inputs, initial_state, reverse)
-        before = [states[1:], initial_state[None]] if reverse else [initial_state[None], states[:-1]]
-        forcing = jnp.broadcast_to(d_coefficients, states.shape) * jnp.concatenate(before) + d_inputs
-        return states, run(coefficients, forcing, d_initial_state, reverse)
-
-    return run
+def _check_arrays(arrays: dict[str, Array]) -> None:
+    for name, array in arrays.items():
+        require_inexact(name, array)
+    shape = arrays["inputs"].shape
+    require_rank("inputs", arrays["inputs"], 2)
+    time_length("inputs", arrays["inputs"])
+    fitting = {"inputs": (shape,), "coefficients": (shape[1:], shape), "initial_state": (shape[1:],)}
+    for name, array in arrays.items():
+        if array.shape not in fitting[name]:
+            allowed = " or ".join(map(str, fitting[name]))
+            raise ValueError(f"{name} must have shape {allowed} to fit inputs of shape {shape}, got {array.shape}")
 
 
-@_with_derivative
-def _sequential(coefficients, inputs, initial_state, reverse):
-    per_step = coefficients.ndim == 2
+@partial(jax.jit, static_argnames=("reverse", "run"))  # without jit, each eager call would compile anew
+def _solve(
+    coefficients: Array, inputs: Array, initial_state: Array | None = None, *, reverse: bool, run: Callable
+) -> Array:
+    """Solve (I - A S) h = b by `run(coefficients, inputs, reverse)`."""
+    if initial_state is not None:  # it acts as one more input at the first step
+        start = -1 if reverse else 0
+        first = coefficients if coefficients.ndim == 1 else coefficients[start]
+        inputs = inputs.at[start].add(first * initial_state)
 
-    def step(state, now):
-        a, b = now if per_step else (coefficients, now)
-        state = a * state + b
-        return state, state
+    def residual(states):
+        return states - jnp.broadcast_to(coefficients, states.shape) * _before(states, reverse)
 
-    return lax.scan(step, initial_state, (coefficients, inputs) if per_step else inputs, reverse=reverse)[1]
+    def solve(_, inputs):
+        return run(coefficients, inputs, reverse)
+
+    def solve_transposed(_, cotangents):
+        after = coefficients if coefficients.ndim == 1 else _before(coefficients, not reverse)
+        return run(after, cotangents, not reverse)
+
+    return lax.custom_linear_solve(residual, inputs, solve, solve_transposed)
 
 
-@_with_derivative
-def _associative(coefficients, inputs, initial_state, reverse):
+def _before(sequence: Array, reverse: bool) -> Array:
+    """S: what came one step before, in the direction of the recurrence; zero at its start."""
+    zero = jnp.zeros_like(sequence[:1])
+    return jnp.concatenate([sequence[1:], zero] if reverse else [zero, sequence[:-1]])
+
+
+def _sequential(coefficients: Array, inputs: Array, reverse: bool) -> Array:
+    length = len(inputs)
+
+    def step(i, carry):
+        state, states = carry
+        t = length - 1 - i if reverse else i
+        a = coefficients if coefficients.ndim == 1 else lax.dynamic_index_in_dim(coefficients, t, keepdims=False)
+        state = a * state + lax.dynamic_index_in_dim(states, t, keepdims=False)
+        return state, lax.dynamic_update_index_in_dim(states, state, t, 0)
+
+    # Each input is overwritten by its state where it lies. Stacking the states with `lax.scan` would, under vmap,
+    # move time to the front and back again: on a CPU that takes as long as the recurrence.
+    return lax.fori_loop(0, length, step, (jnp.zeros_like(inputs[0]), inputs))[1]
+
+
+def _associative(coefficients: Array, inputs: Array, reverse: bool) -> Array:
     def then(first, second):
         (a1, b1), (a2, b2) = first, second
         return a2 * a1, a2 * b1 + b2
 
-    coefficients = jnp.broadcast_to(coefficients, inputs.shape)
-    start = -1 if reverse else 0
-    inputs = inputs.at[start].add(coefficients[start] * initial_state)
-    return lax.associative_scan(then, (coefficients, inputs), reverse=reverse)[1]
+    steps = (jnp.broadcast_to(coefficients, inputs.shape), inputs)
+    return lax.associative_scan(then, steps, reverse=reverse)[1]
 
 
 def check_cell(cell: Callable, state: PyTree, inputs: PyTree[Shaped[Array, "time ..."]]) -> None:
