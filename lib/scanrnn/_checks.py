@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def is_abstract(value: Any) -> bool:
     """Whether any array inside `value` is a tracer, that is, has no value yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
 def require_values(name: str, value: Any, allowed: str, is_allowed: Callable[[np.ndarray], Any]) -> None:

@@ -80,6 +80,8 @@ class VanillaCell(_Recurrent):
     (`gaussian(g)`, `orthogonal(g)`, or one of `jax.nn.initializers`) to change one of them.
     """
 
+    __init__ = _Recurrent.__init__  # else type checkers make one up from the fields
+
     def __call__(self, input: Float[Array, " input"], state: Float[Array, " hidden"]) -> Float[Array, " hidden"]:
         return self.recurrent_weight @ self.activation(state) + self.input_weight @ input + self.bias
 
@@ -87,8 +89,10 @@ class VanillaCell(_Recurrent):
 class ElmanCell(_Recurrent):
     r"""The vanilla recurrent network in its activity form, $h_{t+1} = \varphi(J h_t + W s_t + b)$ (Elman 1990).
 
-    Its one-step Jacobian is $\mathrm{diag}(\varphi'(a_t))\,J$ with $a_t$ the argument of φ. Defaults as in `VanillaCell`.
+    Its one-step Jacobian is $\mathrm{diag}(\varphi'(a_t))\,J$ with $a_t$ the argument of φ. Defaults: `VanillaCell`'s.
     """
+
+    __init__ = _Recurrent.__init__  # else type checkers make one up from the fields
 
     def __call__(self, input: Float[Array, " input"], state: Float[Array, " hidden"]) -> Float[Array, " hidden"]:
         return self.activation(self.recurrent_weight @ state + self.input_weight @ input + self.bias)
@@ -105,19 +109,20 @@ def chrono(key: PRNGKeyArray, cell: GatedCell, min_time: float, max_time: float)
     $1 + u$ steps. A GRU keeps with its update gate (whose complement lets the input in); an LSTM keeps with the forget
     gate, and its separate input gate gets $-\log u$. The other biases are set to zero.
 
-    Raises `ValueError` unless 0 < min_time <= max_time, `TypeError` for another kind of cell or one without biases.
+    Raises `ValueError` unless 0 < min_time <= max_time < ∞, `TypeError` for another kind of cell or one without biases.
     """
     require_values("min_time", min_time, "positive and finite", lambda t: (t > 0) & np.isfinite(t))
-    require_values("max_time", max_time, f"at least min_time = {min_time}", lambda t: t >= min_time)
+    require_values(
+        "max_time", max_time, f"finite and at least min_time = {min_time}", lambda t: (t >= min_time) & np.isfinite(t)
+    )
     if not isinstance(cell, eqx.nn.GRUCell | eqx.nn.LSTMCell):
         raise TypeError(f"cell must be an equinox.nn.GRUCell or LSTMCell, got {type(cell).__name__}")
     if cell.bias is None:
         raise TypeError("cell must have biases, got one made with use_bias=False")
     size = cell.hidden_size
     log_times = jnp.log(jax.random.uniform(key, (size,), cell.bias.dtype, min_time, max_time))
-    bias = (
-        jnp.zeros_like(cell.bias).at[size : 2 * size].set(log_times)
-    )  # GRU: reset, update, new. LSTM: in, forget, ...
-    if isinstance(cell, eqx.nn.LSTMCell):
-        bias = bias.at[:size].set(-log_times)
-    return eqx.tree_at(lambda c: c.bias, cell, bias)
+    # Equinox's order: a GRU's reset, update, new; an LSTM's input, forget, cell, output.
+    bias = jnp.zeros_like(cell.bias).at[size : 2 * size].set(log_times)
+    if isinstance(cell, eqx.nn.GRUCell):
+        return eqx.tree_at(lambda c: (c.bias, c.bias_n), cell, (bias, jnp.zeros_like(log_times)))
+    return eqx.tree_at(lambda c: c.bias, cell, bias.at[:size].set(-log_times))

@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._checks import require_finite, require_inexact, require_integer, time_length
+from ._real import flatten, unflatten
 from .recurrence import check_cell
 
 Cell = Callable[[Any, Any], Any]
@@ -34,18 +34,22 @@ def local_exponents(
     interval: int = 1,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, "blocks num_exponents"]:
-    r"""$\log|R_{ii}|$ of each block of `interval` steps, $D_{t+\ell}\cdots D_{t+1} Q_t = Q_{t+\ell} R$; (T / interval, k), in nats.
+    r"""$\log|R_{ii}|$ of each block of $\ell$ = `interval` steps, $D_{t+\ell}\cdots D_{t+1} Q_t = Q_{t+\ell} R$.
 
-    For k = N their sum over i is exactly $\log|\det|$ of the block's Jacobian. Differentiable in everything: the
-    trajectory, Q and R. A long interval loses digits, since R's condition number grows with it.
+    In nats; (T / interval, k). For k = N their sum over i is exactly $\log|\det|$ of the block's Jacobian.
+    Differentiable in everything: the trajectory, Q and R. A long interval loses digits, since R's condition number
+    grows with it.
 
     The first directions come from the QR decomposition of a Gaussian (N, k) matrix drawn with `key`; `None` stands for
-    `jax.random.key(0)`. A singular Jacobian gives -inf; NaN in traced inputs gives NaN.
+    `jax.random.key(0)`. A singular Jacobian gives -inf, or, where rounding hides the zero, a value without
+    meaning: nothing is resolved that lies log(1/ε) (36 nats in float64, 16 in float32) below the first. NaN in traced
+    inputs gives NaN.
 
     Raises `ValueError` where T = 0, k is not in 1 ... N, T is not a multiple of `interval`, the inputs or the state are
-    not finite, or the cell's new state differs in structure or shape from the old one; `TypeError` for an integer state.
+    not finite, or the cell's new state differs in structure, shape or dtype from the old one; `TypeError` for an
+    integer state.
     """
-    step, start, directions = _prepare(cell, state, inputs, key, num_exponents=num_exponents)
+    step, start, directions = _prepare(cell, state, inputs, key, "num_exponents", num_exponents)
     _require_multiple("the number of steps T", time_length("inputs", inputs), interval)
     _, logs = _local_exponents(step, (start, directions), inputs, interval)
     return logs
@@ -61,16 +65,17 @@ def lyapunov_exponents(
     interval: int = 1,
     key: PRNGKeyArray | None = None,
 ) -> Float[Array, " num_exponents"]:
-    r"""The k leading Lyapunov exponents $\Lambda_i = \frac1{T}\sum_t \log|R_{t,ii}|$, in nats per step, descending; (k,).
+    r"""The k leading Lyapunov exponents, mean over t of $\log|R_{t,ii}|$, in nats per step, descending; (k,).
 
     The first `transient` steps are run, so that trajectory and directions settle, and not counted. The rest must be a
     multiple of `interval`, the number of steps between two QR decompositions. `key`, differentiability and errors are
     those of `local_exponents`; also `ValueError` if `transient` leaves no step to count.
 
-    The finite-time bias is O(1/T): exponentially small where the Jacobian is constant with real, distinct eigenvalues,
-    1/T for complex pairs. Method: Benettin et al. (1980); for recurrent networks Engelken, Wolf & Abbott (2023).
+    The finite-time bias is O(1/T). Where the Jacobian is constant with eigenvalues of distinct moduli, a transient
+    makes it exponentially small; for complex pairs it stays O(1/T). Method: Benettin et al. (1980); for recurrent
+    networks Engelken, Wolf & Abbott (2023).
     """
-    step, start, directions = _prepare(cell, state, inputs, key, num_exponents=num_exponents)
+    step, start, directions = _prepare(cell, state, inputs, key, "num_exponents", num_exponents)
     length = time_length("inputs", inputs)
     require_integer("transient", transient, minimum=0, maximum=length - 1)
     _require_multiple("the number of counted steps, T - transient,", length - transient, interval)
@@ -89,7 +94,7 @@ def long_term_jacobian(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Array
     A plain product: its small singular values drown in rounding once the condition number passes 1/ε (36 nats in
     float64, 16 in float32). Use `log_condition_number` beyond. Errors as in `local_exponents`.
     """
-    step, start, _ = _prepare(cell, state, inputs, None, num_directions=1)
+    step, start, _ = _prepare(cell, state, inputs, None, "num_directions", 1)
 
     def advance(carry, input):
         x, product = carry
@@ -112,9 +117,10 @@ def log_condition_number(
     It grows as $(\Lambda_1-\Lambda_k)\,t$. The product itself would overflow, and lose its small singular values at 36
     nats. So it is kept as $P = \mathrm{diag}(e^{\ell})\,U$ with logarithmic row scales ℓ and U upper triangular with
     unit diagonal (up to sign), which stays of order one; then $\kappa = \|P\|\,\|P^{-1}\|$, each norm of a matrix whose
-    scale was taken out first. `key` and errors are those of `local_exponents`.
+    scale was taken out first. A direction that is lost (a zero R_ii) gives +inf from then on. `key` and errors are
+    those of `local_exponents`.
     """
-    step, start, directions = _prepare(cell, state, inputs, key, num_directions=num_directions)
+    step, start, directions = _prepare(cell, state, inputs, key, "num_directions", num_directions)
     identity = jnp.eye(num_directions, dtype=start.dtype)
 
     def advance(carry, input):
@@ -122,7 +128,7 @@ def log_condition_number(
         x, pushed = _push(step, x, input, q)
         q, r = jnp.linalg.qr(pushed)
         new_scales = scales + jnp.log(jnp.abs(jnp.diagonal(r)))
-        # Rows are ordered by decay, so these factors do not grow; the lower triangle is zero and must not become inf * 0.
+        # Rows are ordered by decay, so these factors do not grow. The lower triangle is zero: it must not be inf * 0.
         factors = jnp.triu(jnp.exp(jnp.triu(scales[None, :] - new_scales[:, None])))
         unit = (r * factors) @ unit
         return (x, q, new_scales, unit), _log_condition(new_scales, unit, identity)
@@ -153,7 +159,7 @@ def mean_square_exponent(
     """
     walkers = time_length("inputs", inputs)
     require_finite("inputs", inputs)
-    step, start, _ = _prepare(cell, state, jax.tree.map(lambda leaf: leaf[0], inputs), None, num_directions=1)
+    step, start, _ = _prepare(cell, state, jax.tree.map(lambda leaf: leaf[0], inputs), None, "num_directions", 1)
     by_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), inputs)
     length = time_length("inputs", by_time)
     require_integer("transient", transient, minimum=0, maximum=length - 1)
@@ -185,22 +191,25 @@ def _log_condition(scales: Array, unit: Array, identity: Array) -> Array:
     inverse = jax.scipy.linalg.solve_triangular(unit, identity)
     norm = jnp.linalg.norm(jnp.exp(scales - highest)[:, None] * unit, 2)
     inverse_norm = jnp.linalg.norm(inverse * jnp.exp(lowest - scales)[None, :], 2)
-    return (highest + jnp.log(norm)) - (lowest - jnp.log(inverse_norm))
+    condition = (highest + jnp.log(norm)) - (lowest - jnp.log(inverse_norm))
+    return jnp.where(jnp.isneginf(lowest), jnp.inf, condition)
 
 
-def _prepare(cell: Cell, state: PyTree, inputs: PyTree, key: PRNGKeyArray | None, **count: int):
-    """Check the arguments, the number of directions under its public name; return the cell as a map of R^N, the start in R^N, and k orthonormal directions."""
+def _prepare(cell: Cell, state: PyTree, inputs: PyTree, key: PRNGKeyArray | None, name: str, num_directions: int):
+    """Check the arguments; return the cell as a map of R^N, the start in R^N and k orthonormal directions.
+
+    `name` is what the caller's signature calls `num_directions`.
+    """
     time_length("inputs", inputs)
     require_inexact("state", state)
     require_finite("state", state)
     require_finite("inputs", inputs)
     check_cell(cell, state, inputs)
-    start, unravel = ravel_pytree(_to_real(state))
-    ((name, num_directions),) = count.items()
+    start, restore = flatten(state), unflatten(state)
     require_integer(name, num_directions, minimum=1, maximum=start.size)
 
     def step(input: Any, x: Array) -> Array:
-        return ravel_pytree(_to_real(cell(input, _from_real(unravel(x), state))))[0]
+        return flatten(cell(input, restore(x)))
 
     key = jax.random.key(0) if key is None else key
     directions, _ = jnp.linalg.qr(jax.random.normal(key, (start.size, num_directions), start.dtype))
@@ -227,16 +236,6 @@ def _push(step: _Step, x: Array, input: Any, directions: Array) -> tuple[Array, 
     """One step of the state and of the tangent directions: (f(x), D Q)."""
     new_x, derivative = jax.linearize(lambda x: step(input, x), x)
     return new_x, jax.vmap(derivative, in_axes=1, out_axes=1)(directions)
-
-
-def _to_real(state: PyTree) -> PyTree:
-    """Complex leaves as (re, im) pairs."""
-    return jax.tree.map(lambda z: jnp.stack([z.real, z.imag]) if jnp.iscomplexobj(z) else z, state)
-
-
-def _from_real(real: PyTree, like: PyTree) -> PyTree:
-    """The inverse of `_to_real`, for a state shaped as `like`."""
-    return jax.tree.map(lambda x, z: jax.lax.complex(x[0], x[1]) if jnp.iscomplexobj(z) else x, real, like)
 
 
 def _slice(inputs: PyTree, first: int, last: int) -> PyTree:

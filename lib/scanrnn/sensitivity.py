@@ -8,15 +8,18 @@ For a loss that reads the last state with error vector δ_T = ∂L/∂h_T,
 `estimate` turns a sample of such measurements into a mean with its standard error.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import require_finite, require_inexact, time_length
+from ._checks import require_finite, require_inexact, require_integer, time_length
+from ._real import flatten, unflatten
 from .recurrence import check_cell, scan_cell
 
 Cell = Callable[[Any, Any], Any]
@@ -37,16 +40,23 @@ def estimate(samples: Float[Array, "samples ..."]) -> Estimate:
     samples = jnp.asarray(samples)
     if samples.ndim == 0 or samples.shape[0] < 2:
         raise ValueError(f"samples must have a leading axis of at least 2, got shape {samples.shape}")
-    count = samples.shape[0]
-    return Estimate(
-        jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / jnp.sqrt(jnp.asarray(count, samples.dtype))
-    )
+    return Estimate(jnp.mean(samples, axis=0), jnp.std(samples, axis=0, ddof=1) / math.sqrt(samples.shape[0]))
 
 
 def squared_norm(tree: PyTree, *, keep_axes: int = 0) -> Float[Array, "..."]:
-    """Σ|·|² over all the arrays of a pytree, except over their first `keep_axes` axes (time, samples)."""
+    """Σ|·|² over all the arrays of a pytree, except over their first `keep_axes` axes (time, samples).
+
+    Leaves that are not floating-point arrays are passed over. `ValueError` where none is left or one has too few axes.
+    """
+    require_integer("keep_axes", keep_axes, minimum=0)
     leaves = [leaf for leaf in jax.tree.leaves(tree) if eqx.is_inexact_array(leaf)]
-    return sum(jnp.sum(jnp.abs(leaf) ** 2, axis=tuple(range(keep_axes, leaf.ndim))) for leaf in leaves)
+    if not leaves or any(leaf.ndim < keep_axes for leaf in leaves):
+        raise ValueError(
+            f"tree must hold floating-point arrays of at least keep_axes = {keep_axes} axes, "
+            f"got shapes {[leaf.shape for leaf in leaves]}"
+        )
+    squares = [jnp.sum(jnp.abs(leaf) ** 2, axis=tuple(range(keep_axes, leaf.ndim))) for leaf in leaves]
+    return jnp.sum(jnp.stack(squares), axis=0)
 
 
 def backpropagated_errors(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
@@ -55,19 +65,19 @@ def backpropagated_errors(cell: Cell, state: PyTree, inputs: PyTree, error: PyTr
     `error` is δ_T, shaped as the state. Row t belongs to h_t, so row T is `error` and row 0 the gradient with respect
     to the initial state. Errors raised: as `gradient_terms`.
     """
-    states, errors = _backpropagate(cell, state, inputs, error)
-    del states
+    _, errors = _backpropagate(cell, state, inputs, error)
     return errors
 
 
-def gradient_terms(cell: eqx.Module, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
-    r"""The T terms of the gradient, $(\partial h_t/\partial\theta)^\top\delta_t$ at fixed $h_{t-1}$; the cell's arrays with leading axis T.
+def gradient_terms(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
+    r"""The T terms of the gradient, $(\partial h_t/\partial\theta)^\top\delta_t$ at fixed $h_{t-1}$.
 
-    Term t is what the use of the parameters at step t contributes; their sum over t is dL/dθ.
+    Term t is what the use of the parameters at step t contributes; their sum over t is dL/dθ. The result is the cell
+    with a leading axis T on each floating-point array, and `None` for all else.
 
-    Raises `ValueError` where T = 0, the inputs, state or error are not finite, `error` is not shaped as the state, or
-    the cell's new state differs in structure or shape from the old one; `TypeError` for an integer state. NaN in traced
-    arguments gives NaN.
+    Raises `ValueError` where T = 0, the inputs, state or error are not finite, `error` differs in structure, shape or
+    dtype from the state, or the cell's new state does; `TypeError` for an integer state. NaN in traced arguments gives
+    NaN.
     """
     states, errors = _backpropagate(cell, state, inputs, error)
     previous = jax.tree.map(lambda leaf: leaf[:-1], states)
@@ -81,30 +91,41 @@ def gradient_terms(cell: eqx.Module, state: PyTree, inputs: PyTree, error: PyTre
     return jax.vmap(term)(inputs, previous, received)
 
 
-def parameter_sensitivity(cell: eqx.Module, state: PyTree, inputs: PyTree) -> Float[Array, " time"]:
+def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Array, " time"]:
     r"""$\|\mathrm dh_t/\mathrm d\theta\|_F^2$ after each step, over all parameters and state coordinates; (T,).
 
-    Total derivatives, through the whole past, by forward accumulation: $\mathrm d_\theta h_t = D_t\,\mathrm d_\theta
-    h_{t-1} + \partial_\theta h_t$. Cost: one tangent for each parameter, so meant for networks of up to some 10⁴ of them.
-    Errors raised: as `gradient_terms`.
+    Total derivatives, through the whole past, by forward accumulation in real coordinates:
+    $\mathrm d_\theta h_t = D_t\,\mathrm d_\theta h_{t-1} + \partial_\theta h_t$. With N coordinates and P parameters it
+    holds an (N, P) matrix and does N²P multiplications a step.
+    Errors raised: as `gradient_terms`; also `TypeError` for complex parameters.
     """
     _check(cell, state, inputs)
     parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(parameters)):
+        raise TypeError("cell must have real parameters (complex ones as real and imaginary parts), got complex arrays")
+    theta, unravel = ravel_pytree(parameters)
+    start, restore = flatten(state), unflatten(state)
 
-    def states(theta):
-        return scan_cell(eqx.combine(theta, rest), state, inputs)[1]
+    def step(theta, x, input):
+        return flatten(eqx.combine(unravel(theta), rest)(input, restore(x)))
 
-    return squared_norm(jax.jacfwd(states)(parameters), keep_axes=1)
+    def advance(carry, input):
+        x, total = carry
+        direct, jacobian = jax.jacrev(step, argnums=(0, 1))(theta, x, input)
+        total = jacobian @ total + direct
+        return (step(theta, x, input), total), jnp.sum(total**2)
+
+    initial = (start, jnp.zeros((start.size, theta.size), start.dtype))
+    return jax.lax.scan(advance, initial, inputs)[1]
 
 
 def _backpropagate(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> tuple[PyTree, PyTree]:
     """All states h_0 ... h_T and all errors δ_0 ... δ_T."""
     _check(cell, state, inputs)
     require_finite("error", error)
-    if jax.tree.map(jnp.shape, error) != jax.tree.map(jnp.shape, state):
-        raise ValueError(
-            f"error must be shaped as the state, {jax.tree.map(jnp.shape, state)}, got {jax.tree.map(jnp.shape, error)}"
-        )
+    allowed, got = (jax.tree.map(lambda x: (jnp.result_type(x).name, jnp.shape(x)), t) for t in (state, error))
+    if allowed != got:
+        raise ValueError(f"error must be like the state, {allowed}, got {got}")
     _, later = scan_cell(cell, state, inputs)
     states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, later)
 

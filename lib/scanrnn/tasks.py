@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._checks import require_integer, require_values
+from ._checks import require_integer, require_rank, require_values
 from .recurrence import linear_recurrence
 
 
@@ -19,9 +19,10 @@ def autoregressive(
     The entries of `shape` are independent copies. ρ = 0 is white noise, ρ = 1 one draw repeated for ever. The first
     value is drawn from the stationary law, so there is no transient to skip.
 
-    Raises `ValueError` unless ρ is in [0, 1] and `length` at least 1; a traced ρ outside gives NaN.
+    Raises `ValueError` unless ρ is one number in [0, 1] and `length` at least 1; a traced ρ outside gives NaN.
     """
     require_integer("length", length, minimum=1)
+    require_rank("rho", rho, 0)
     require_values("rho", rho, "in [0, 1]", lambda r: (r >= 0) & (r <= 1))
     noise = jax.random.normal(key, (length, *shape))
     rho = jnp.asarray(rho, noise.dtype)

@@ -1,13 +1,13 @@
 r"""Closed forms. Nothing here simulates a network or imports one.
 
-Products of independent Gaussian matrices, J_ij ~ N(0, g²/N) drawn afresh at every step (Newman 1986), ψ the digamma function:
+Products of Gaussian matrices, J_ij ~ N(0, g²/N) drawn afresh at every step (Newman 1986), with ψ the digamma function:
 
-    Λ_i = log g + ½ [ψ((N - i + 1)/2) + log(2/N)],        ½ log E‖J_t ... J_1 v‖² / t = log g.
+    Λ_i = log g + ½ [ψ((N - i + 1)/2) + log(2/N)],        (1/2t) log E‖J_t ... J_1 v‖² = log g  for |v| = 1.
 
-A vanilla network x' = Jφ(x) + W s + b in the limit N → ∞, where x_t is Gaussian of variance v_t (Sompolinsky et al. 1988;
-in discrete time with input, Molgedey et al. 1992):
+A vanilla network x' = Jφ(x) + W s + b in the limit N → ∞, where x_t - b is Gaussian of variance v_t (Sompolinsky et
+al. 1988; in discrete time with input, Molgedey et al. 1992), ⟨·⟩ the mean over t:
 
-    v_{t+1} = g² E φ(x_t)² + σ_w² |s_t|²,      Λ_1 = ½ ⟨log g² E φ'(x_t)²⟩_t,      (1/N) Σ Λ_i = log g - ½ + ⟨E log|φ'(x_t)|⟩_t.
+    v_{t+1} = g² E φ(x_t)² + σ_w² |s_t|²,    Λ_1 = ½ ⟨log g² E φ'(x_t)²⟩,    (1/N) Σ Λ_i = log g - ½ + ⟨E log|φ'(x_t)|⟩.
 """
 
 from collections.abc import Callable
@@ -19,32 +19,42 @@ import numpy as np
 from jax.scipy.special import digamma, polygamma
 from jaxtyping import Array, Float
 
-from ._checks import require_finite, require_integer, require_rank, require_values
+from ._checks import require_finite, require_integer, require_rank, require_values, time_length
 
-_NODES = 201  # of the trapezoid rule on ±9 standard deviations: exact to rounding for φ analytic within π/2 of the axis
+# Trapezoid rule on ±9 standard deviations: for tanh, whose poles lie π/2 off the axis, exact to rounding up to v = 25,
+# and to 1e-6 in Λ_1 at v = 100. An even number, so that no node sits on the kink of a ReLU.
+_NODES = 400
 _BIAS_NODES = 8  # Gauss-Legendre
 
 
 def gaussian_product_exponents(n: int, gain: float = 1.0) -> Float[Array, " n"]:
     r"""Lyapunov exponents of a product of independent Gaussian N × N matrices of variance g²/N; (N,), nats per step.
 
-    $\Lambda_i = \log g + \tfrac12\big[\psi(\tfrac{N-i+1}2) + \log\tfrac2N\big]$. Reason: in Gram-Schmidt, $R_{ii}^2$ is $g^2/N$ times a
-    χ² variable with N - i + 1 degrees of freedom, and $\mathbb E\log\chi^2_m = \psi(m/2)+\log 2$.
+    $\Lambda_i = \log g + \tfrac12\big[\psi(\tfrac{N-i+1}2) + \log\tfrac2N\big]$. Reason: in Gram-Schmidt, $R_{ii}^2$ is
+    $g^2/N$ times a χ² variable with N - i + 1 degrees of freedom, and $\mathbb E\log\chi^2_m = \psi(m/2)+\log 2$.
+
+    Raises `ValueError` unless n >= 1 and gain is positive and finite; `TypeError` for an n that is not an integer.
     """
     require_integer("n", n, minimum=1)
-    require_values("gain", gain, "positive", lambda g: g > 0)
+    _require_gain(gain)
     degrees = jnp.arange(n, 0, -1, dtype=float)
     return jnp.log(gain) + 0.5 * (digamma(degrees / 2) + jnp.log(2.0 / n))
 
 
 def gaussian_product_spread(n: int) -> Float[Array, ""]:
-    r"""t · Var of the finite-time leading exponent of the same product, $\tfrac14\psi'(N/2)$: each step adds an independent ½ log χ²_N."""
+    r"""t times the variance of the leading exponent of the same product over t steps, $\tfrac14\psi'(N/2)$.
+
+    Each step adds an independent ½ log χ² with N degrees of freedom. Errors as in `gaussian_product_exponents`.
+    """
     require_integer("n", n, minimum=1)
     return 0.25 * polygamma(1, jnp.asarray(n / 2))
 
 
 def gaussian_log_determinant(n: int, gain: float = 1.0) -> Float[Array, ""]:
-    r"""$\mathbb E\log|\det J|/N$ of one Gaussian matrix: the mean of `gaussian_product_exponents`; → log g - ½ as N → ∞."""
+    r"""$\mathbb E\log|\det J|/N$ of one Gaussian matrix, the mean of `gaussian_product_exponents`.
+
+    It tends to log g - ½ as N → ∞. Errors as in `gaussian_product_exponents`.
+    """
     return jnp.mean(gaussian_product_exponents(n, gain))
 
 
@@ -66,33 +76,49 @@ def mean_field(
 ) -> MeanField:
     r"""Mean-field theory (N → ∞) of $x_{t+1} = J\varphi(x_t) + W s_t + b$, for Gaussian J with variance g²/N.
 
-    `input_powers` holds $\sigma_w^2|s_t|^2$, the variance that the input of step t adds across units; b ~ U[0, `max_bias`].
-    The variance of the currents obeys $v_{t+1} = g^2\,\mathbb E\varphi(x_t)^2 + \sigma_w^2|s_t|^2$ with $x_t = \sqrt{v_t}\,z + b$, and
+    `input_powers` holds $\sigma_w^2|s_t|^2$, the variance that the input of step t adds across units. Each unit has its
+    own b ~ U[0, `max_bias`] for ever. With $x_t = \sqrt{v_t}\,z + b$, z ~ N(0, 1) independent of b,
+    $v_{t+1} = g^2\,\mathbb E\varphi(x_t)^2 + \sigma_w^2|s_t|^2$ from $v_0 = \sigma_w^2|s_0|^2$, and
 
     $$\Lambda_1 = \tfrac12\langle\log g^2\,\mathbb E\varphi'(x_t)^2\rangle_t,\qquad
       \tfrac1N\sum_i\Lambda_i = \log g-\tfrac12+\langle\mathbb E\log|\varphi'(x_t)|\rangle_t .$$
 
-    In this limit the typical and the mean-square rate coincide. The first `transient` steps are not averaged.
-    Raises `ValueError` for a gain that is not positive, T = 0, or powers that are negative or not finite.
+    In this limit the typical and the mean-square rate coincide. The first `transient` steps are not averaged. Without
+    any input or bias v stays at 0, which is unstable for g > 1: a network started elsewhere does not come there. Where
+    φ' is 0 with positive probability (ReLU), the mean exponent is -inf.
+
+    Raises `ValueError` for a gain that is not positive and finite, T = 0, or powers that are negative or not finite.
     """
+    input_powers = jnp.asarray(input_powers, float)
     require_rank("input_powers", input_powers, 1)
-    require_integer("transient", transient, minimum=0, maximum=input_powers.shape[0] - 1)
-    require_values("gain", gain, "positive", lambda g: g > 0)
-    require_finite("input_powers", input_powers)
-    require_values("input_powers", input_powers, "non-negative", lambda p: p >= 0)
+    length = time_length("input_powers", input_powers)
+    require_integer("transient", transient, minimum=0, maximum=length - 1)
+    _require_gain(gain)
+    require_values("input_powers", input_powers, "non-negative and finite", lambda p: (p >= 0) & np.isfinite(p))
+    require_finite("max_bias", max_bias)
     nodes, weights, biases = _quadrature(max_bias)
     slope = jnp.vectorize(jax.grad(lambda x: activation(x)))
 
     def advance(variance, power):
         x = jnp.sqrt(variance) * nodes + biases
-        phi, derivative = activation(x), slope(x)
+        derivative = slope(x)
+        log_derivative = _log_tanh_slope(x) if activation is jnp.tanh else jnp.log(jnp.abs(derivative))
         leading = 0.5 * jnp.log(gain**2 * jnp.sum(weights * derivative**2))
-        mean = jnp.log(gain) - 0.5 + jnp.sum(weights * jnp.log(jnp.abs(derivative)))
-        new = gain**2 * jnp.sum(weights * phi**2) + power
+        mean = jnp.log(gain) - 0.5 + jnp.sum(weights * log_derivative)
+        new = gain**2 * jnp.sum(weights * activation(x) ** 2) + power
         return new, (variance, leading, mean)
 
     _, (variances, leading, mean) = jax.lax.scan(advance, input_powers[0], input_powers)
     return MeanField(variances, jnp.mean(leading[transient:]), jnp.mean(mean[transient:]))
+
+
+def _require_gain(gain: float | Float[Array, ""]) -> None:
+    require_values("gain", gain, "positive and finite", lambda g: (g > 0) & np.isfinite(g))
+
+
+def _log_tanh_slope(x: Array) -> Array:
+    """-2 log cosh x. The logarithm of 1 - tanh² is -inf beyond |x| = 19 (9 in float32), which the outer nodes reach."""
+    return 2 * (jnp.log(2.0) - jnp.abs(x) - jnp.log1p(jnp.exp(-2 * jnp.abs(x))))
 
 
 def _quadrature(max_bias: float) -> tuple[Array, Array, Array]:
@@ -102,4 +128,4 @@ def _quadrature(max_bias: float) -> tuple[Array, Array, Array]:
     points, b_weights = np.polynomial.legendre.leggauss(_BIAS_NODES)
     biases = max_bias * (points + 1) / 2
     weights = np.outer(z_weights / z_weights.sum(), b_weights / 2)
-    return tuple(jnp.asarray(a) for a in (np.repeat(z, _BIAS_NODES), weights.ravel(), np.tile(biases, _NODES)))
+    return jnp.asarray(np.repeat(z, _BIAS_NODES)), jnp.asarray(weights.ravel()), jnp.asarray(np.tile(biases, _NODES))
