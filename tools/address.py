@@ -1,7 +1,7 @@
 """`make address ADDRESS=https://github.com/owner/name`: tell the whole project where it lives.
 
-The one setting is `Repository` in `pyproject.toml`; every other place repeats it. The bootstrap cell of each notebook is
-written anew from its template, so without ADDRESS this only brings the notebooks up to date with the template.
+The one setting is `Repository` in `pyproject.toml`; every other place repeats it. The bootstrap cell of each notebook
+is written anew from its template, so without ADDRESS this only brings the notebooks up to date with the template.
 """
 
 import re

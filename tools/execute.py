@@ -7,6 +7,7 @@ an interruption at any moment costs one execution and no more.
 
 import json
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -115,7 +116,7 @@ def _reason(cell: nbformat.NotebookNode, error: Exception) -> str:
     """The traceback as the notebook shows it, or what nbclient says when there is none."""
     for output in cell.outputs:
         if output.output_type == "error":
-            return "\n".join(output.traceback)
+            return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.traceback))
     return f"{type(error).__name__}: {error}"
 
 

@@ -3,11 +3,10 @@
 Cards instead of one wide table: they read on a phone.
 """
 
-import math
 from pathlib import Path
 
 import nbformat
-from scanrnn.claims import Claim, load
+from scanrnn.claims import Claim, _rounded, _rounded_error, load
 
 from tools.execute import read_record
 from tools.project import Project, write
@@ -57,9 +56,10 @@ def _verdicts(claims: list[Claim]) -> list[str]:
 
 
 def _card(claim: Claim, check: dict) -> str:
+    tolerance = f"{claim.tolerance:.3g}"
     fields = {
         "ours": _measured(claim, check),
-        "expected": f"{rounded(claim.expected, claim.tolerance)} ± {claim.tolerance:.2g} ({claim.why})",
+        "expected": f"{_rounded(claim.expected, tolerance)} ± {tolerance} ({_one_line(claim.why)})",
         "the paper": claim.paper_value,
         "verdict": f"**{claim.verdict}**{': ' + claim.reason if claim.reason else ''}",
         "source": claim.source,
@@ -72,18 +72,11 @@ def _card(claim: Claim, check: dict) -> str:
 
 
 def _measured(claim: Claim, check: dict) -> str:
-    error = check["standard_error"]
-    if error is None:
-        return rounded(check["measured"], claim.tolerance)
-    return f"{rounded(check['measured'], error)} ± {error:.2g} (standard error)"
-
-
-def rounded(value: float, error: float) -> str:
-    """`value` with digits down to the second significant one of `error`."""
-    if value == 0:
-        return "0"
-    digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(error)) + 2
-    return f"{value:.{min(max(digits, 2), 12)}g}"
+    """As the chapter prints it."""
+    if check["standard_error"] is None:
+        return _rounded(check["measured"], f"{claim.tolerance:.3g}")
+    error = _rounded_error(check["standard_error"])
+    return f"{_rounded(check['measured'], error)} ± {error} (standard error)"
 
 
 def _build_table(notebooks: list[Path], records: dict[str, dict]) -> str:
