@@ -17,6 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, PyTree, Shaped
 
 from ._checks import require_inexact, require_rank, time_length
@@ -25,9 +26,9 @@ _METHODS = ("auto", "sequential", "associative")
 
 
 def linear_recurrence(
-    coefficients: Inexact[Array, "*time hidden"],
-    inputs: Inexact[Array, "time hidden"],
-    initial_state: Inexact[Array, " hidden"] | None = None,
+    coefficients: Inexact[ArrayLike, "*time hidden"],
+    inputs: Inexact[ArrayLike, "time hidden"],
+    initial_state: Inexact[ArrayLike, " hidden"] | None = None,
     *,
     reverse: bool = False,
     method: Literal["auto", "sequential", "associative"] = "auto",
