@@ -28,12 +28,18 @@ class Initializer(Protocol):
 
 def gaussian(gain: float = 1.0) -> Initializer:
     """Independent entries J_ij ~ N(0, gain²/N): spectral radius → gain as N → ∞ (the circular law)."""
+    _require_gain(gain)
     return jax.nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
 
 
 def orthogonal(gain: float = 1.0) -> Initializer:
     """`gain` times an orthogonal matrix drawn uniformly (Haar): every singular value is `gain`."""
+    _require_gain(gain)
     return jax.nn.initializers.orthogonal(gain)
+
+
+def _require_gain(gain: float) -> None:
+    require_values("gain", gain, "finite and not negative", lambda g: (g >= 0) & np.isfinite(g))
 
 
 class _Recurrent(eqx.Module):
