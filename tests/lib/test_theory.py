@@ -183,7 +183,7 @@ def mean_exponent(cell, state, inputs, transient=0):
 
 @pytest.mark.parametrize("max_bias", [0.1, 1.0])
 def test_mean_exponent_of_a_network_of_100_units(max_bias):
-    n, gain, steps, transient, networks = 100, 1.3, 300, 50, 16
+    n, gain, steps, transient, networks = 100, 1.3, 250, 50, 32
     inputs = coin_flips(5, steps + transient)[:, None]
 
     @jax.jit
@@ -199,7 +199,7 @@ def test_mean_exponent_of_a_network_of_100_units(max_bias):
     # E log|det J| / N of N = 100 differs from its limit log g - ½ by `shift`; the currents' laws do by O(1/N).
     shift = gaussian_log_determinant(n, gain) - (np.log(gain) - 0.5)
     assert abs(mean - (predicted + shift)) < 4 * standard_error + 2 / n
-    assert standard_error < 0.02
+    assert standard_error < 0.03
     # The test can tell: a bias that is left out would be seen.
     if max_bias == 1.0:
         no_bias = mean_field(gain, inputs[:, 0] ** 2, transient=transient).mean_exponent
