@@ -16,6 +16,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, PyTree, Shaped
@@ -175,7 +176,8 @@ def scan_cell(cell: Callable, state: PyTree, inputs: PyTree[Shaped[Array, "time 
 
 
 def _abstract(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+    # np.shape, since jnp.shape of older JAX refuses what is abstract already
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), tree)
 
 
 def _describe(tree: PyTree) -> str:

@@ -36,13 +36,12 @@ def derivatives(function, arguments, tangents, weights):
         states = function(*arguments)
         return jnp.sum(weights * (states.real**2 + states.imag**2))
 
-    gradient = jax.grad(loss, argnums=tuple(range(len(arguments))))
-    _, states_tangent = jax.jvp(function, arguments, tangents)
-    _, hessian_product = jax.jvp(gradient, arguments, tangents)
+    states, states_tangent = jax.jvp(function, arguments, tangents)
+    gradient, hessian_product = jax.jvp(jax.grad(loss, argnums=tuple(range(len(arguments)))), arguments, tangents)
     return {
-        "states": function(*arguments),
+        "states": states,
         "states tangent": states_tangent,
-        "gradient": gradient(*arguments),
+        "gradient": gradient,
         "Hessian product": hessian_product,
     }
 
@@ -76,7 +75,7 @@ COUNTERPART = {"float32": "complex64", "float64": "complex128", "complex64": "fl
 @st.composite
 def problems(draw_from, dtype):
     """Inputs of the given dtype, the other arguments real or complex; few sizes, since each is compiled anew."""
-    length = draw_from(st.sampled_from([1, 2, 9]))
+    length = draw_from(st.sampled_from([1, 2, 7]))
     shapes = [draw_from(st.sampled_from([(HIDDEN,), (length, HIDDEN)])), (length, HIDDEN)]
     if draw_from(st.booleans()):
         shapes.append((HIDDEN,))
@@ -93,7 +92,7 @@ def double(tree):
 
 
 @pytest.mark.parametrize("dtype", COUNTERPART)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(data=st.data(), reverse=st.booleans())
 def test_agrees_with_the_dense_matrix_in_values_and_derivatives(dtype, data, reverse):
     problem = data.draw(problems(dtype))
