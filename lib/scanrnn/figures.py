@@ -170,9 +170,11 @@ def theory_vs_measured(
     return Agreement(len(x), float(np.abs(residuals).max()), float(np.mean(np.abs(residuals) <= 2)))
 
 
-def residual_figure() -> tuple[Figure, tuple[Axes, Axes]]:
+def residual_figure(*, xlabel: str, ylabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
     """A figure with a main panel and, below it and sharing its x axis, a small panel for residuals."""
     fig, (axes, residual_axes) = plt.subplots(2, 1, sharex=True, height_ratios=(3, 1), figsize=(_WIDTH, 4.2))
+    axes.set_ylabel(ylabel)
+    residual_axes.set_xlabel(xlabel)
     return fig, (axes, residual_axes)
 
 

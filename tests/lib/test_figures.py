@@ -187,7 +187,7 @@ def measured(theory):
 
 
 def test_residuals_are_in_standard_errors():
-    _, (axes, residual_axes) = figures.residual_figure()
+    _, (axes, residual_axes) = figures.residual_figure(xlabel="rank", ylabel="exponent")
     summary = figures.theory_vs_measured(
         axes, X, measured(np.square), ERRORS, np.square, residual_axes=residual_axes, label="$N = 4$"
     )
@@ -240,7 +240,7 @@ def test_without_theory_there_is_nothing_to_compare():
 
 
 def test_points_and_line_of_a_series_share_a_colour_and_series_differ():
-    _, (axes, residual_axes) = figures.residual_figure()
+    _, (axes, residual_axes) = figures.residual_figure(xlabel="rank", ylabel="exponent")
     for label in ("first", "second"):
         figures.theory_vs_measured(axes, X, X, ERRORS, np.copy, label=label, residual_axes=residual_axes)
     points, lines = axes.lines[0::2], axes.lines[1::2]
@@ -291,7 +291,7 @@ def test_sentences_state_the_numbers_and_serve_as_alt_text(labelled):
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
-    _, (axes, residual_axes) = figures.residual_figure()
+    _, (axes, residual_axes) = figures.residual_figure(xlabel="rank", ylabel="exponent")
     arguments = {"x": X, "measured": X, "standard_errors": ERRORS, "theory": np.copy} | change
     if "residual_axes" in change:
         arguments["residual_axes"] = residual_axes
