@@ -29,7 +29,7 @@ test: book
 	$(PY) -m pytest tests/lib tests/book -m "not slow" -n 2 -q
 	@echo; echo "=== Notebooks, every cell ==="
 	@rm -rf _build/nbval
-	SCANRNN_RECORDS=$(CURDIR)/_build/nbval $(PY) -m pytest --nbval-lax --nbval-cell-timeout=600 \
+	SCANRNN_RECORDS="$(CURDIR)/_build/nbval" $(PY) -m pytest --nbval-lax --nbval-cell-timeout=600 \
 	    -n 2 --dist loadscope -q -W default book/*.ipynb
 	@echo; echo "=== Site ==="
 	$(PY) -m pytest tests/site -m "not slow" -n 2 -q
@@ -51,7 +51,8 @@ lint: $(READY)
 	$(PY) -m pyright
 
 browser:
-	@command -v chromium chromium-browser google-chrome || { apt-get update && apt-get install --yes chromium; }
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	    { apt-get update && apt-get install --yes chromium; }
 
 constraints: $(READY)
 	@$(PY) -c "import uv" 2>/dev/null || $(PY) -m pip install --quiet uv

@@ -67,6 +67,8 @@ def with_outputs(source: nbformat.NotebookNode, executed: nbformat.NotebookNode)
     for cell, done in pairs:
         cell.outputs, cell.execution_count = done.outputs, done.execution_count
         _lift_figure(cell)
+    bootstrap = _code_cells(source)[0]
+    bootstrap.metadata["mystnb"] = {"code_prompt_show": "Setup and versions", "code_prompt_hide": "Setup and versions"}
     return source
 
 

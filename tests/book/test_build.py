@@ -243,25 +243,55 @@ def picture(name: str, alt: str = "A line falls from 1 to 0.005 in 50 steps.") -
 
 def executed_copy(*outputs) -> nbformat.NotebookNode:
     metadata = {"language_info": {"name": "python"}}
-    return new_notebook(cells=[new_markdown_cell("old"), new_code_cell("1", outputs=list(outputs))], metadata=metadata)
+    cells = [new_markdown_cell("old"), new_code_cell("0"), new_code_cell("1", outputs=list(outputs))]
+    return new_notebook(cells=cells, metadata=metadata)
 
 
 def test_pages_join_todays_prose_with_outputs_and_alt_texts():
-    source = new_notebook(cells=[new_markdown_cell("new"), new_code_cell("1")])
+    source = new_notebook(cells=[new_markdown_cell("new"), new_code_cell("0"), new_code_cell("1")])
     line = nbformat.v4.new_output("stream", text="✓ c1-two")
     page = site.with_outputs(source, executed_copy(*picture("fig-line"), line))
     assert page.cells[0].source == "new"
-    assert page.cells[1].metadata["mystnb"] == {
+    assert page.cells[2].metadata["mystnb"] == {
         "image": {"alt": "A line falls from 1 to 0.005 in 50 steps."},
         "figure": {"caption": "A *line*.", "name": "fig-line"},
     }
-    assert [output.output_type for output in page.cells[1].outputs] == ["display_data", "stream"]
+    assert [output.output_type for output in page.cells[2].outputs] == ["display_data", "stream"]
 
 
 def test_two_figures_in_one_cell_are_refused():
-    source = new_notebook(cells=[new_code_cell("1")])
+    source = new_notebook(cells=[new_code_cell("0"), new_code_cell("1")])
     with pytest.raises(ValueError, match=r"one figure.*fig-a.*fig-b"):
         site.with_outputs(source, executed_copy(*picture("fig-a"), *picture("fig-b")))
+
+
+def test_the_site_is_laid_out_when_something_changed_or_the_last_try_did_not_end(project, monkeypatch):
+    write_notebook(project, "01_sums", "1")
+    (project.book / "intro.md").write_text("# Intro\n")
+    (project.root / "_config.yml").write_text("title: Sums\n")
+    execute.run(project)
+    returncode = 0
+
+    def sphinx(*_, **__):
+        project.html.mkdir(parents=True)  # so it must have been removed
+        (project.html / "index.html").touch()
+        if returncode is None:
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess([], returncode, stdout="")
+
+    monkeypatch.setattr(site.subprocess, "run", sphinx)
+    assert site.run(project)
+    assert not site.run(project)
+    (project.book / "intro.md").write_text("# Introduction\n")
+    returncode = 1
+    with pytest.raises(site.SiteFailed):
+        site.run(project)
+    returncode = None
+    with pytest.raises(KeyboardInterrupt):
+        site.run(project)
+    returncode = 0
+    assert site.run(project)
+    assert not site.run(project)
 
 
 def test_a_second_build_waits_for_the_first(project):
