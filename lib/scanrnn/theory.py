@@ -83,7 +83,8 @@ def mean_field(
     $$\Lambda_1 = \tfrac12\langle\log g^2\,\mathbb E\varphi'(x_t)^2\rangle_t,\qquad
       \tfrac1N\sum_i\Lambda_i = \log g-\tfrac12+\langle\mathbb E\log|\varphi'(x_t)|\rangle_t .$$
 
-    In this limit the typical and the mean-square rate coincide. The first `transient` steps are not averaged. Without
+    For one given input sequence nothing fluctuates in this limit, so Λ_1 is its typical and its mean-square rate; over
+    random sequences the rate still differs from one to the next. The first `transient` steps are not averaged. Without
     any input or bias v stays at 0, which is unstable for g > 1: a network started elsewhere does not come there. Where
     φ' is 0 with positive probability (ReLU), the mean exponent is -inf.
 
