@@ -250,6 +250,14 @@ def test_long_term_jacobian_equals_automatic_differentiation():
     np.testing.assert_allclose(long_term_jacobian(cell, state, inputs), jax.jacrev(final)(state), atol=1e-14)
 
 
+def test_long_term_jacobian_of_a_complex_state_is_in_real_and_imaginary_parts():
+    multipliers = jnp.array([[0.3 + 0.4j, -1.0 + 2.0j]])
+    jacobian = long_term_jacobian(lambda s, h: (s * h[0], 3.0 * h[1]), (jnp.ones(2, complex), jnp.ones(1)), multipliers)
+    real, imaginary = np.diag([0.3, -1.0]), np.diag([0.4, 2.0])
+    expected = np.block([[real, -imaginary, np.zeros((2, 1))], [imaginary, real, np.zeros((2, 1))], [np.zeros(4), 3.0]])
+    np.testing.assert_allclose(jacobian, expected, atol=1e-15)
+
+
 def exact_log_condition(matrices, start):
     """log κ₂ of the product on the columns of `start`, in 120-digit arithmetic, after each step."""
     with mpmath.workdps(120):
