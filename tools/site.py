@@ -35,7 +35,7 @@ def run(project: Project) -> bool:
     for name in ("html", ".doctrees", "jupyter_execute"):
         shutil.rmtree(project.build / name, ignore_errors=True)
     command = [Path(sys.executable).with_name("jupyter-book"), "build", project.staging, "--path-output", project.root]
-    environment = {**os.environ, "PYTHONPATH": str(project.root)}  # for the extension tools.docstrings
+    environment = {**os.environ, "PYTHONPATH": str(project.root)}  # for the extensions in tools
     print(f"site: laying out {len(project.pages())} pages ...", flush=True)
     options = ["-W", "-n", "--keep-going", "-q"]
     done = subprocess.run([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
