@@ -129,7 +129,7 @@ def make_checkout(folder, address):
 
 
 def test_change_of_address_reaches_every_place_and_nothing_else(tmp_path):
-    make_checkout(tmp_path, "https://github.com/SET_ME/the-curse-of-memory")
+    make_checkout(tmp_path, "https://github.com/first/memory")
     change(tmp_path, "https://github.com/someone/memory")
     change(tmp_path, "https://github.com/other/curse.2")
     assert current(tmp_path) == "https://github.com/other/curse.2"
@@ -137,7 +137,7 @@ def test_change_of_address_reaches_every_place_and_nothing_else(tmp_path):
         "git+https://github.com/other/curse.2 "
         "https://colab.research.google.com/github/other/curse.2/blob/main/x.ipynb https://github.com/other/curse.2.\n"
         "https://mybinder.org/v2/gh/other/curse.2/main "
-        "https://github.com/SET_ME/the-curse-of-memory-and-more docs/SET_ME/the-curse-of-memory\n"
+        "https://github.com/first/memory-and-more docs/first/memory\n"
     )
 
 
@@ -145,6 +145,6 @@ def test_change_of_address_reaches_every_place_and_nothing_else(tmp_path):
     "address", ["http://github.com/a/b", "https://example.org/a/b", "a/b", "https://github.com/a_b/c"]
 )
 def test_an_address_that_cannot_be_is_refused(tmp_path, address):
-    make_checkout(tmp_path, "https://github.com/SET_ME/the-curse-of-memory")
+    make_checkout(tmp_path, "https://github.com/first/memory")
     with pytest.raises(SystemExit, match="must look like"):
         change(tmp_path, address)
