@@ -13,6 +13,7 @@ ravelled (an LSTM has 2 × hidden), a complex state is seen as R^{2N}, in which 
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -22,7 +23,6 @@ from ._real import flatten, unflatten
 from .recurrence import check_cell
 
 Cell = Callable[[Any, Any], Any]
-_Step = Callable[[Any, Array], Array]
 
 
 def local_exponents(
@@ -49,10 +49,9 @@ def local_exponents(
     not finite, or the cell's new state differs in structure, shape or dtype from the old one; `TypeError` for an
     integer state.
     """
-    step, start, directions = _prepare(cell, state, inputs, key, "num_exponents", num_exponents)
+    _check(cell, state, inputs, "num_exponents", num_exponents)
     _require_multiple("the number of steps T", time_length("inputs", inputs), interval)
-    _, logs = _local_exponents(step, (start, directions), inputs, interval)
-    return logs
+    return _local_exponents(cell, state, inputs, num_exponents, 0, interval, key)
 
 
 def lyapunov_exponents(
@@ -75,16 +74,11 @@ def lyapunov_exponents(
     makes it exponentially small; for complex pairs it stays O(1/T). Method: Benettin et al. (1980); for recurrent
     networks Engelken, Wolf & Abbott (2023).
     """
-    step, start, directions = _prepare(cell, state, inputs, key, "num_exponents", num_exponents)
+    _check(cell, state, inputs, "num_exponents", num_exponents)
     length = time_length("inputs", inputs)
     require_integer("transient", transient, minimum=0, maximum=length - 1)
     _require_multiple("the number of counted steps, T - transient,", length - transient, interval)
-    carry = (start, directions)
-    remainder = transient % interval
-    for first, last, block in ((0, remainder, remainder), (remainder, transient, interval)):
-        if last > first:
-            carry, _ = _local_exponents(step, carry, _slice(inputs, first, last), block)
-    _, logs = _local_exponents(step, carry, _slice(inputs, transient, length), interval)
+    logs = _local_exponents(cell, state, inputs, num_exponents, transient, interval, key)
     return -jnp.sort(-jnp.mean(logs, axis=0) / interval)
 
 
@@ -94,14 +88,8 @@ def long_term_jacobian(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Array
     A plain product: its small singular values drown in rounding once the condition number passes 1/ε (36 nats in
     float64, 16 in float32). Use `log_condition_number` beyond. Errors as in `local_exponents`.
     """
-    step, start, _ = _prepare(cell, state, inputs, None, "num_directions", 1)
-
-    def advance(carry, input):
-        x, product = carry
-        return _push(step, x, input, product), None
-
-    (_, product), _ = jax.lax.scan(advance, (start, jnp.eye(start.size, dtype=start.dtype)), inputs)
-    return product
+    _check(cell, state, inputs)
+    return _long_term_jacobian(cell, state, inputs)
 
 
 def log_condition_number(
@@ -120,22 +108,8 @@ def log_condition_number(
     scale was taken out first. A direction that is lost (a zero R_ii) gives +inf from then on. `key` and errors are
     those of `local_exponents`.
     """
-    step, start, directions = _prepare(cell, state, inputs, key, "num_directions", num_directions)
-    identity = jnp.eye(num_directions, dtype=start.dtype)
-
-    def advance(carry, input):
-        x, q, scales, unit = carry
-        x, pushed = _push(step, x, input, q)
-        q, r = jnp.linalg.qr(pushed)
-        new_scales = scales + jnp.log(jnp.abs(jnp.diagonal(r)))
-        # Rows are ordered by decay, so these factors do not grow. The lower triangle is zero: it must not be inf * 0.
-        factors = jnp.triu(jnp.exp(jnp.triu(scales[None, :] - new_scales[:, None])))
-        unit = (r * factors) @ unit
-        return (x, q, new_scales, unit), _log_condition(new_scales, unit, identity)
-
-    carry = (start, directions, jnp.zeros(num_directions, start.dtype), identity)
-    _, conditions = jax.lax.scan(advance, carry, inputs)
-    return conditions
+    _check(cell, state, inputs, "num_directions", num_directions)
+    return _log_condition_number(cell, state, inputs, num_directions, key)
 
 
 def mean_square_exponent(
@@ -159,19 +133,78 @@ def mean_square_exponent(
     """
     walkers = time_length("inputs", inputs)
     require_finite("inputs", inputs)
-    step, start, _ = _prepare(cell, state, jax.tree.map(lambda leaf: leaf[0], inputs), None, "num_directions", 1)
+    _check(cell, state, jax.tree.map(lambda leaf: leaf[0], inputs))
     by_time = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), inputs)
-    length = time_length("inputs", by_time)
-    require_integer("transient", transient, minimum=0, maximum=length - 1)
-    direction_key, resampling_key = jax.random.split(jax.random.key(0) if key is None else key)
-    offsets = jax.random.uniform(resampling_key, (length,), start.dtype)
+    require_integer("transient", transient, minimum=0, maximum=time_length("inputs", by_time) - 1)
+    return jnp.mean(_local_mean_squares(cell, state, by_time, walkers, key)[transient:])
 
-    def push(input, x, v):
+
+# What follows is compiled once for each kind of cell and shape, also where the caller does not compile.
+
+
+@eqx.filter_jit
+def _local_exponents(
+    cell: Cell, state: PyTree, inputs: PyTree, count: int, transient: int, interval: int, key: PRNGKeyArray | None
+) -> Array:
+    """log|R_ii| of each block of `interval` steps after the transient."""
+    step, start = _real_map(cell, state)
+
+    def block(carry, inputs):
+        x, pushed = _push_along(step, carry, inputs)
+        q, r = jnp.linalg.qr(pushed)
+        return (x, q), jnp.log(jnp.abs(jnp.diagonal(r)))  # R's signs are arbitrary and cancel
+
+    def run(carry, first, last, interval):
+        blocks = jax.tree.map(lambda leaf: leaf[first:last].reshape(-1, interval, *leaf.shape[1:]), inputs)
+        return jax.lax.scan(block, carry, blocks)
+
+    carry, remainder = (start, _directions(key, start, count)), transient % interval
+    if remainder:
+        carry, _ = run(carry, 0, remainder, remainder)
+    carry, _ = run(carry, remainder, transient, interval)
+    return run(carry, transient, time_length("inputs", inputs), interval)[1]
+
+
+@eqx.filter_jit
+def _long_term_jacobian(cell: Cell, state: PyTree, inputs: PyTree) -> Array:
+    step, start = _real_map(cell, state)
+    carry = (start, jnp.eye(start.size, dtype=start.dtype))
+    return _push_along(step, carry, inputs)[1]
+
+
+@eqx.filter_jit
+def _log_condition_number(
+    cell: Cell, state: PyTree, inputs: PyTree, count: int, key: PRNGKeyArray | None
+) -> Float[Array, " time"]:
+    step, start = _real_map(cell, state)
+    identity = jnp.eye(count, dtype=start.dtype)
+
+    def advance(carry, input):
+        x, q, scales, unit = carry
+        x, pushed = _push(step, x, q, input)
+        q, r = jnp.linalg.qr(pushed)
+        new_scales = scales + jnp.log(jnp.abs(jnp.diagonal(r)))
+        # Rows are ordered by decay, so these factors do not grow. The lower triangle is zero: it must not be inf * 0.
+        factors = jnp.triu(jnp.exp(jnp.triu(scales[None, :] - new_scales[:, None])))
+        unit = (r * factors) @ unit
+        return (x, q, new_scales, unit), _log_condition(new_scales, unit, identity)
+
+    carry = (start, _directions(key, start, count), jnp.zeros(count, start.dtype), identity)
+    return jax.lax.scan(advance, carry, inputs)[1]
+
+
+@eqx.filter_jit
+def _local_mean_squares(cell: Cell, state: PyTree, inputs: PyTree, walkers: int, key: PRNGKeyArray | None) -> Array:
+    """½ log of the walkers' mean ‖Dv‖² at each step; the inputs here have time before walkers."""
+    step, start = _real_map(cell, state)
+    direction_key, resampling_key = jax.random.split(jax.random.key(0) if key is None else key)
+
+    def push(x, v, input):
         return jax.jvp(lambda x: step(input, x), (x,), (v,))
 
     def advance(carry, now):
-        input, offset = now
-        x, v = jax.vmap(push)(input, *carry)
+        (x, v), (input, offset) = carry, now
+        x, v = jax.vmap(push)(x, v, input)
         powers = jnp.sum(v**2, axis=1)
         ranks = (jnp.arange(walkers, dtype=powers.dtype) + offset) / walkers  # systematic resampling: the least noise
         chosen = jnp.searchsorted(jnp.cumsum(powers) / jnp.sum(powers), ranks).clip(max=walkers - 1)
@@ -181,8 +214,8 @@ def mean_square_exponent(
     states = jnp.broadcast_to(start, (walkers, start.size))
     directions = jax.random.normal(direction_key, states.shape, start.dtype)
     directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
-    _, rates = jax.lax.scan(advance, (states, directions), (by_time, offsets))
-    return jnp.mean(rates[transient:])
+    offsets = jax.random.uniform(resampling_key, (time_length("inputs", inputs),), start.dtype)
+    return jax.lax.scan(advance, (states, directions), (inputs, offsets))[1]
 
 
 def _log_condition(scales: Array, unit: Array, identity: Array) -> Array:
@@ -195,51 +228,42 @@ def _log_condition(scales: Array, unit: Array, identity: Array) -> Array:
     return jnp.where(jnp.isneginf(lowest), jnp.inf, condition)
 
 
-def _prepare(cell: Cell, state: PyTree, inputs: PyTree, key: PRNGKeyArray | None, name: str, num_directions: int):
-    """Check the arguments; return the cell as a map of R^N, the start in R^N and k orthonormal directions.
+def _real_map(cell: Cell, state: PyTree) -> tuple[Callable[[Any, Array], Array], Array]:
+    """The cell as a map of R^N, and the state as a point of it."""
+    restore = unflatten(state)
+    return lambda input, x: flatten(cell(input, restore(x))), flatten(state)
 
-    `name` is what the caller's signature calls `num_directions`.
-    """
-    time_length("inputs", inputs)
-    require_inexact("state", state)
-    require_finite("state", state)
-    require_finite("inputs", inputs)
-    check_cell(cell, state, inputs)
-    start, restore = flatten(state), unflatten(state)
-    require_integer(name, num_directions, minimum=1, maximum=start.size)
 
-    def step(input: Any, x: Array) -> Array:
-        return flatten(cell(input, restore(x)))
-
+def _directions(key: PRNGKeyArray | None, like: Array, count: int) -> Array:
+    """`count` orthonormal directions at random."""
     key = jax.random.key(0) if key is None else key
-    directions, _ = jnp.linalg.qr(jax.random.normal(key, (start.size, num_directions), start.dtype))
-    return step, start, directions
+    return jnp.linalg.qr(jax.random.normal(key, (like.size, count), like.dtype))[0]
 
 
-def _local_exponents(step: _Step, carry: tuple[Array, Array], inputs: PyTree, interval: int):
-    """Scan over blocks of `interval` steps, with a QR decomposition after each."""
-
-    def advance(carry, input):
-        x, q = carry
-        return _push(step, x, input, q), None
-
-    def block(carry, inputs):
-        (x, pushed), _ = jax.lax.scan(advance, carry, inputs)
-        q, r = jnp.linalg.qr(pushed)
-        return (x, q), jnp.log(jnp.abs(jnp.diagonal(r)))  # R's signs are arbitrary and cancel
-
-    blocks = jax.tree.map(lambda leaf: leaf.reshape(-1, interval, *leaf.shape[1:]), inputs)
-    return jax.lax.scan(block, carry, blocks)
-
-
-def _push(step: _Step, x: Array, input: Any, directions: Array) -> tuple[Array, Array]:
+def _push(step: Callable[[Any, Array], Array], x: Array, directions: Array, input: Any) -> tuple[Array, Array]:
     """One step of the state and of the tangent directions: (f(x), D Q)."""
     new_x, derivative = jax.linearize(lambda x: step(input, x), x)
     return new_x, jax.vmap(derivative, in_axes=1, out_axes=1)(directions)
 
 
-def _slice(inputs: PyTree, first: int, last: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[first:last], inputs)
+def _push_along(step: Callable[[Any, Array], Array], carry: tuple[Array, Array], inputs: PyTree) -> tuple[Array, Array]:
+    """`_push` over all steps of the inputs."""
+
+    def advance(carry, input):
+        x, directions = carry
+        return _push(step, x, directions, input), None
+
+    return jax.lax.scan(advance, carry, inputs)[0]
+
+
+def _check(cell: Cell, state: PyTree, inputs: PyTree, name: str = "num_directions", count: int = 1) -> None:
+    """Refuse what none of these functions can use; `name` is what the caller's signature calls `count`."""
+    time_length("inputs", inputs)
+    require_inexact("state", state)
+    require_finite("state", state)
+    require_finite("inputs", inputs)
+    check_cell(cell, state, inputs)
+    require_integer(name, count, minimum=1, maximum=flatten(state).size)
 
 
 def _require_multiple(name: str, length: int, interval: int) -> None:

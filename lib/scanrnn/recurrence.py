@@ -167,12 +167,16 @@ def scan_cell(cell: Callable, state: PyTree, inputs: PyTree[Shaped[Array, "time 
     **Raises:** `ValueError` as `check_cell`.
     """
     check_cell(cell, state, inputs)
+    return _scan_cell(cell, jax.tree.map(jnp.asarray, state), inputs)
 
+
+@eqx.filter_jit  # as above: one compilation for each kind of cell and shape
+def _scan_cell(cell: Callable, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
     def step(state: Any, x: Any) -> tuple[Any, Any]:
         state = cell(x, state)
         return state, state
 
-    return lax.scan(step, jax.tree.map(jnp.asarray, state), inputs)
+    return lax.scan(step, state, inputs)
 
 
 def _abstract(tree: PyTree) -> PyTree:

@@ -65,8 +65,8 @@ def backpropagated_errors(cell: Cell, state: PyTree, inputs: PyTree, error: PyTr
     `error` is δ_T, shaped as the state. Row t belongs to h_t, so row T is `error` and row 0 the gradient with respect
     to the initial state. Errors raised: as `gradient_terms`.
     """
-    _, errors = _backpropagate(cell, state, inputs, error)
-    return errors
+    _check_error(cell, state, inputs, error)
+    return _backpropagate(cell, state, inputs, error)[1]
 
 
 def gradient_terms(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
@@ -79,16 +79,8 @@ def gradient_terms(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> 
     dtype from the state, or the cell's new state does; `TypeError` for an integer state. NaN in traced arguments gives
     NaN.
     """
-    states, errors = _backpropagate(cell, state, inputs, error)
-    previous = jax.tree.map(lambda leaf: leaf[:-1], states)
-    received = jax.tree.map(lambda leaf: leaf[1:], errors)
-    parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
-
-    def term(input, h, delta):
-        _, pullback = jax.vjp(lambda theta: eqx.combine(theta, rest)(input, h), parameters)
-        return pullback(delta)[0]
-
-    return jax.vmap(term)(inputs, previous, received)
+    _check_error(cell, state, inputs, error)
+    return _gradient_terms(cell, state, inputs, error)
 
 
 def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Array, " time"]:
@@ -103,6 +95,28 @@ def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Ar
     parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
     if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(parameters)):
         raise TypeError("cell must have real parameters (complex ones as real and imaginary parts), got complex arrays")
+    return _parameter_sensitivity(parameters, rest, state, inputs)
+
+
+# What follows is compiled once for each kind of cell and shape, also where the caller does not compile.
+
+
+@eqx.filter_jit
+def _gradient_terms(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
+    states, errors = _backpropagate(cell, state, inputs, error)
+    previous = jax.tree.map(lambda leaf: leaf[:-1], states)
+    received = jax.tree.map(lambda leaf: leaf[1:], errors)
+    parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
+
+    def term(input, h, delta):
+        _, pullback = jax.vjp(lambda theta: eqx.combine(theta, rest)(input, h), parameters)
+        return pullback(delta)[0]
+
+    return jax.vmap(term)(inputs, previous, received)
+
+
+@eqx.filter_jit
+def _parameter_sensitivity(parameters: PyTree, rest: PyTree, state: PyTree, inputs: PyTree) -> Float[Array, " time"]:
     theta, unravel = ravel_pytree(parameters)
     start, restore = flatten(state), unflatten(state)
 
@@ -119,13 +133,9 @@ def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Ar
     return jax.lax.scan(advance, initial, inputs)[1]
 
 
+@eqx.filter_jit
 def _backpropagate(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> tuple[PyTree, PyTree]:
     """All states h_0 ... h_T and all errors δ_0 ... δ_T."""
-    _check(cell, state, inputs)
-    require_finite("error", error)
-    allowed, got = (jax.tree.map(lambda x: (jnp.result_type(x).name, jnp.shape(x)), t) for t in (state, error))
-    if allowed != got:
-        raise ValueError(f"error must be like the state, {allowed}, got {got}")
     _, later = scan_cell(cell, state, inputs)
     states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, later)
 
@@ -137,6 +147,14 @@ def _backpropagate(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> 
     previous = jax.tree.map(lambda leaf: leaf[:-1], states)
     first, received = jax.lax.scan(back, error, (inputs, previous), reverse=True)
     return states, jax.tree.map(lambda head, rest: jnp.concatenate([head[None], rest]), first, received)
+
+
+def _check_error(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> None:
+    _check(cell, state, inputs)
+    require_finite("error", error)
+    allowed, got = (jax.tree.map(lambda x: (jnp.result_type(x).name, jnp.shape(x)), t) for t in (state, error))
+    if allowed != got:
+        raise ValueError(f"error must be like the state, {allowed}, got {got}")
 
 
 def _check(cell: Cell, state: PyTree, inputs: PyTree) -> None:

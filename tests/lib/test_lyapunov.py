@@ -388,3 +388,18 @@ def test_condition_number_in_single_precision():
     # nearly singular D of κ ~ 1e4 add 1e-3 each: far less than the log κ of some 1000 nats, all beyond a plain product.
     assert double[-1] > 500
     np.testing.assert_allclose(single, double, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("function", [local_exponents, lyapunov_exponents, log_condition_number])
+def test_a_second_call_compiles_nothing(function):
+    traced = []
+
+    def cell(input, state):
+        traced.append(state)
+        return jnp.tanh(state + input)
+
+    inputs = jnp.ones((6, 3))
+    function(cell, jnp.ones(3), inputs, 2)
+    before = len(traced)
+    function(cell, jnp.zeros(3), 2 * inputs, 2)
+    assert len(traced) == before + 1  # the check of the cell's shapes looks once
