@@ -105,6 +105,8 @@ def _run_cells(project: Project, notebook: Path, title: str, records: str) -> tu
         try:
             client.execute(cwd=str(project.book), env=environment)
         except (CellControlSignal, DeadKernelError) as error:
+            if getattr(error, "ename", None) == "KeyboardInterrupt":  # Ctrl-C: nbclient hands it on to the kernel
+                raise KeyboardInterrupt from error
             source = "\n".join(f"    {line}" for line in copy.cells[at].source.splitlines())
             where = f"{notebook.relative_to(project.root)}: cell {at + 1} of {len(copy.cells) - 1} failed"
             raise ExecutionFailed(f"{where}\n\n{source}\n\n{_reason(copy.cells[at], error)}") from error

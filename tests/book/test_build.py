@@ -145,10 +145,14 @@ if not mark.exists():
 """
     notebook = write_notebook(project, "01_sums", source)
     root = Path(execute.__file__).parents[1]
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(project.root)], cwd=root, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", RUN, str(project.root)]
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     wait_until(mark.exists)
     process.send_signal(number)
-    assert process.wait(30) != 0
+    complaint = process.communicate(timeout=30)[1]
+    assert process.returncode != 0
+    if number == signal.SIGINT:  # not the cell's fault
+        assert complaint.splitlines()[-1].startswith("KeyboardInterrupt")
     assert execute.read_record(project, notebook) is None
     wait_until(lambda: not is_running(int(kernel.read_text())))
     assert execute.run(project) == 1
