@@ -104,9 +104,11 @@ def _run_cells(project: Project, notebook: Path, title: str, records: str) -> tu
     with Progress(title, len(code) - 1) as progress:
         try:
             client.execute(cwd=str(project.book), env=environment)
-        except (CellControlSignal, DeadKernelError) as error:
-            if getattr(error, "ename", None) == "KeyboardInterrupt":  # Ctrl-C: nbclient hands it on to the kernel
+        except Exception as error:
+            if hasattr(client, "_async_cleanup_kernel_future"):  # nbclient's reaction to SIGINT and SIGTERM
                 raise KeyboardInterrupt from error
+            if not isinstance(error, CellControlSignal | DeadKernelError):
+                raise
             source = "\n".join(f"    {line}" for line in copy.cells[at].source.splitlines())
             where = f"{notebook.relative_to(project.root)}: cell {at + 1} of {len(copy.cells) - 1} failed"
             raise ExecutionFailed(f"{where}\n\n{source}\n\n{_reason(copy.cells[at], error)}") from error
