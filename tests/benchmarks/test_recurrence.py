@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+
 from scanrnn.recurrence import linear_recurrence
 
 SHAPES = [(1, 1024, 64), (16, 1024, 64), (1, 16384, 64), (8, 4096, 256), (1, 1024, 1024)]

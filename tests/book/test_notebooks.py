@@ -7,8 +7,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from scanrnn import claims
 
+from scanrnn import claims
 from tools.address import bootstrap_source
 from tools.project import here
 

@@ -7,8 +7,8 @@ import tomllib
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from scanrnn import __name__ as library
 
+from scanrnn import __name__ as library
 from tools.address import change, current
 from tools.project import here
 

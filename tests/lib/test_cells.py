@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jax.nn import initializers
+
 from scanrnn.cells import ElmanCell, VanillaCell, chrono, gaussian, orthogonal
 from scanrnn.lyapunov import lyapunov_exponents
 from scanrnn.recurrence import scan_cell

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from scanrnn._checks import (
     is_abstract,
     require_finite,

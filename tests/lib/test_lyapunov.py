@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
+
 from scanrnn.cells import ElmanCell, VanillaCell, gaussian
 from scanrnn.lyapunov import (
     local_exponents,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.core import Tracer
+
 from scanrnn.recurrence import check_cell, linear_recurrence, scan_cell
 
 METHODS = ("sequential", "associative")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
+
 from scanrnn.cells import VanillaCell
 from scanrnn.lyapunov import long_term_jacobian
 from scanrnn.recurrence import scan_cell

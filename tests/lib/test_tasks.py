@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from scanrnn.tasks import autoregressive
 
 COPIES, LENGTH = 20_000, 6

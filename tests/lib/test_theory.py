@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.special
+
 from scanrnn import theory
 from scanrnn.cells import VanillaCell, gaussian
 from scanrnn.lyapunov import lyapunov_exponents
