@@ -123,7 +123,9 @@ def mean_square_exponent(
     r"""The mean-square rate $\lim_t \frac1{2t}\log\mathbb E\|M_t v\|^2$ over random inputs, in nats per step; a scalar.
 
     Never below the typical rate $\Lambda_1=\lim_t\frac1t\mathbb E\log\|M_t v\|$; the two agree if growth does not
-    fluctuate. `inputs` holds independent samples of the input, (walkers, T, ...).
+    fluctuate. `inputs` holds independent samples of the input, (walkers, T, ...), whose steps must be independent of
+    each other too: a resampled walker takes another's past and keeps its own future, so with correlated steps the
+    result is too low.
 
     A plain average over samples fails as soon as rarer sequences carry the mean than were drawn. So the walkers are
     resampled after each step in proportion to $\|Dv\|^2$, and the rate is the mean over t of ½ log of the walkers' mean

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import require_finite, require_inexact, require_integer, time_length
+from ._checks import require_finite, require_inexact, require_integer, require_rank, time_length
 from ._real import flatten, unflatten
 from .recurrence import check_cell, scan_cell
 
@@ -96,6 +96,27 @@ def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Ar
     if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(parameters)):
         raise TypeError("cell must have real parameters (complex ones as real and imaginary parts), got complex arrays")
     return _parameter_sensitivity(parameters, rest, state, inputs)
+
+
+def loss_along_gradient(
+    loss: Callable[[Any], Float[Array, ""]], cell: PyTree, lengths: Float[Array, " lengths"]
+) -> tuple[Float[Array, ""], Float[Array, " lengths"], Float[Array, ""]]:
+    r"""The loss before and after steps of given lengths against its gradient, and the gradient's norm.
+
+    After a step of length $x$ the parameters are $\theta - x\,\nabla L/\|\nabla L\|$, the norm taken over all of them.
+    How far the loss keeps falling is how far the gradient can be trusted. NaN where the gradient is zero.
+
+    Raises `ValueError` unless `lengths` has one axis and finite entries.
+    """
+    require_rank("lengths", lengths, 1)
+    require_finite("lengths", lengths)
+    before, gradient = eqx.filter_value_and_grad(loss)(cell)
+    norm = jnp.sqrt(squared_norm(gradient))
+
+    def after(length):
+        return loss(eqx.apply_updates(cell, jax.tree.map(lambda g: -length * g / norm, gradient)))
+
+    return before, jax.vmap(after)(lengths), norm
 
 
 # What follows is compiled once for each kind of cell and shape, also where the caller does not compile.

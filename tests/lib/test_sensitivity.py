@@ -18,6 +18,7 @@ from scanrnn.sensitivity import (
     backpropagated_errors,
     estimate,
     gradient_terms,
+    loss_along_gradient,
     parameter_sensitivity,
     squared_norm,
 )
@@ -296,3 +297,17 @@ def test_numpy_arguments_are_welcome():
     expected = backpropagated_errors(cell, state, inputs, error)
     measured = backpropagated_errors(cell, np.asarray(state), np.asarray(inputs), np.asarray(error))
     np.testing.assert_allclose(measured, expected, rtol=0, atol=ROUNDING)
+
+
+def test_loss_along_the_gradient_of_a_parabola():
+    theta, lengths = jnp.array([3.0, 4.0]), jnp.array([0.0, 1.0, 5.0, 9.0])
+    before, after, norm = loss_along_gradient(lambda x: 0.5 * jnp.sum(x**2), theta, lengths)
+    np.testing.assert_allclose([before, norm], [12.5, 5.0], rtol=1e-15)
+    np.testing.assert_allclose(after, 0.5 * (5.0 - lengths) ** 2, rtol=0, atol=1e-14)
+
+
+def test_loss_along_the_gradient_refuses_bad_lengths():
+    with pytest.raises(ValueError, match=r"lengths must have 1 axes, got shape \(\)"):
+        loss_along_gradient(jnp.sum, jnp.ones(2), jnp.asarray(1.0))
+    with pytest.raises(ValueError, match=r"lengths must be finite, got nan at index \(1,\)"):
+        loss_along_gradient(jnp.sum, jnp.ones(2), jnp.array([1.0, jnp.nan]))
