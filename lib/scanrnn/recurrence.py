@@ -92,8 +92,14 @@ def _solve(
         first = coefficients if coefficients.ndim == 1 else coefficients[start]
         inputs = inputs.at[start].add(first * initial_state)
 
+    later, earlier = slice(1, None), slice(None, -1)
+    if reverse:
+        later, earlier = earlier, later
+
     def residual(states):
-        return states - jnp.broadcast_to(coefficients, states.shape) * _before(states, reverse)
+        # slices, not a shifted copy: from them JAX derives the coefficients' gradient as one fused sum
+        a = coefficients if coefficients.ndim == 1 else coefficients[later]
+        return states.at[later].add(-jnp.broadcast_to(a, states[later].shape) * states[earlier])
 
     def solve(_, inputs):
         return run(coefficients, inputs, reverse)
