@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 
-from scanrnn.claims import Claim, _rounded, _rounded_error, load
+from scanrnn.claims import Claim, load, rounded, rounded_error
 from tools.execute import read_record
 from tools.project import Project, write
 
@@ -63,7 +63,7 @@ def _card(claim: Claim, check: dict) -> str:
     tolerance = f"{claim.tolerance:.3g}"
     fields = {
         "ours": _measured(claim, check),
-        "expected": f"{_rounded(claim.expected, tolerance)} ± {tolerance} ({_one_line(claim.why)})",
+        "expected": f"{rounded(claim.expected, tolerance)} ± {tolerance} ({_one_line(claim.why)})",
         "the paper": claim.paper_value,
         "verdict": f"**{claim.verdict}**{': ' + claim.reason if claim.reason else ''}",
         "source": claim.source,
@@ -78,9 +78,9 @@ def _card(claim: Claim, check: dict) -> str:
 def _measured(claim: Claim, check: dict) -> str:
     """As the chapter prints it."""
     if check["standard_error"] is None:
-        return _rounded(check["measured"], f"{claim.tolerance:.3g}")
-    error = _rounded_error(check["standard_error"])
-    return f"{_rounded(check['measured'], error)} ± {error} (standard error)"
+        return rounded(check["measured"], f"{claim.tolerance:.3g}")
+    error = rounded_error(check["standard_error"])
+    return f"{rounded(check['measured'], error)} ± {error} (standard error)"
 
 
 def _build_table(notebooks: list[Path], records: dict[str, dict]) -> str:

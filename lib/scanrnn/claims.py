@@ -224,20 +224,20 @@ def _record(claim: Claim, measured: float, standard_error: float | None, good: b
 def _line(claim: Claim, measured: float, standard_error: float | None, good: bool) -> str:
     tolerance = f"{claim.tolerance:.3g}"
     if standard_error is None:
-        shown = _rounded(measured, tolerance)
+        shown = rounded(measured, tolerance)
     else:
-        error = _rounded_error(standard_error)
-        shown = f"{_rounded(measured, error)} ± {error}"
-    expected = f"{_rounded(claim.expected, tolerance)} ± {tolerance}"
+        error = rounded_error(standard_error)
+        shown = f"{rounded(measured, error)} ± {error}"
+    expected = f"{rounded(claim.expected, tolerance)} ± {tolerance}"
     return f"{'✓' if good else '✗'} {claim.id}: {shown} (expected {expected})"
 
 
-def _rounded_error(error: float) -> str:
-    # One digit; two after a leading 1, where one digit would be off by up to 50 %.
+def rounded_error(error: float) -> str:
+    """A standard error to one digit; two after a leading 1, where one digit would be off by up to 50 %."""
     return f"{error:.2g}" if f"{error:e}".startswith("1") else f"{error:.1g}"
 
 
-def _rounded(value: float, error: str) -> str:
+def rounded(value: float, error: str) -> str:
     """`value` to the last digit of its `error`."""
     last = int(Decimal(error).normalize().as_tuple().exponent)  # the power of ten of that digit
     if value == 0 or not math.isfinite(value):

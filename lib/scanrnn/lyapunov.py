@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._checks import require_finite, require_inexact, require_integer, time_length
+from ._checks import require_finite, require_integer, time_length
 from ._real import flatten, unflatten
-from .recurrence import check_cell
+from .recurrence import check_differentiable
 
 Cell = Callable[[Any, Any], Any]
 
@@ -260,11 +260,7 @@ def _push_along(step: Callable[[Any, Array], Array], carry: tuple[Array, Array],
 
 def _check(cell: Cell, state: PyTree, inputs: PyTree, name: str = "num_directions", count: int = 1) -> None:
     """Refuse what none of these functions can use; `name` is what the caller's signature calls `count`."""
-    time_length("inputs", inputs)
-    require_inexact("state", state)
-    require_finite("state", state)
-    require_finite("inputs", inputs)
-    check_cell(cell, state, inputs)
+    check_differentiable(cell, state, inputs)
     require_integer(name, count, minimum=1, maximum=flatten(state).size)
 
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, PyTree, Shaped
 
-from ._checks import require_inexact, require_rank, time_length
+from ._checks import require_finite, require_inexact, require_rank, time_length
 
 _METHODS = ("auto", "sequential", "associative")
 
@@ -157,6 +157,19 @@ def check_cell(cell: Callable, state: PyTree, inputs: PyTree[Shaped[Array, "time
         raise ValueError(
             f"cell must return a state like the one it received, {_describe(state)}, got {_describe(returned)}"
         )
+
+
+def check_differentiable(cell: Callable, state: PyTree, inputs: PyTree[Shaped[Array, "time ..."]]) -> None:
+    """Refuse, beside what `check_cell` refuses, what has no meaningful derivative.
+
+    **Raises:** `TypeError` for a state that is not floating point; `ValueError` where the state or the inputs are not
+    finite (a traced array has no values yet, and is not looked at), and as `check_cell`.
+    """
+    time_length("inputs", inputs)
+    require_inexact("state", state)
+    require_finite("state", state)
+    require_finite("inputs", inputs)
+    check_cell(cell, state, inputs)
 
 
 def scan_cell(cell: Callable, state: PyTree, inputs: PyTree[Shaped[Array, "time ..."]]) -> tuple[PyTree, PyTree]:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ._checks import require_finite, require_inexact, require_integer, require_rank, time_length
+from ._checks import require_finite, require_integer, require_rank
 from ._real import flatten, unflatten
-from .recurrence import check_cell, scan_cell
+from .recurrence import check_differentiable, scan_cell
 
 Cell = Callable[[Any, Any], Any]
 
@@ -91,7 +91,7 @@ def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Ar
     holds an (N, P) matrix and does N²P multiplications a step.
     Errors raised: as `gradient_terms`; also `TypeError` for complex parameters.
     """
-    _check(cell, state, inputs)
+    check_differentiable(cell, state, inputs)
     parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
     if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(parameters)):
         raise TypeError("cell must have real parameters (complex ones as real and imaginary parts), got complex arrays")
@@ -171,16 +171,8 @@ def _backpropagate(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> 
 
 
 def _check_error(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> None:
-    _check(cell, state, inputs)
+    check_differentiable(cell, state, inputs)
     require_finite("error", error)
     allowed, got = (jax.tree.map(lambda x: (jnp.result_type(x).name, jnp.shape(x)), t) for t in (state, error))
     if allowed != got:
         raise ValueError(f"error must be like the state, {allowed}, got {got}")
-
-
-def _check(cell: Cell, state: PyTree, inputs: PyTree) -> None:
-    time_length("inputs", inputs)
-    require_inexact("state", state)
-    require_finite("state", state)
-    require_finite("inputs", inputs)
-    check_cell(cell, state, inputs)

@@ -194,7 +194,7 @@ def test_check_prints_one_rounded_line(file, capsys, id, measured, standard_erro
     ],
 )
 def test_rounding_keeps_lines_short(value, error, shown):
-    assert claims._rounded(value, error) == shown
+    assert claims.rounded(value, error) == shown
 
 
 @pytest.mark.parametrize("number", [float, np.float32, np.float64, jnp.float32, jnp.asarray, np.asarray])
