@@ -1,4 +1,4 @@
-r"""Closed forms. Nothing here simulates a network or imports one.
+r"""Products of Gaussian matrices, and vanilla networks in the limit of many units.
 
 Products of Gaussian matrices, J_ij ~ N(0, g²/N) drawn afresh at every step (Newman 1986), with ψ the digamma function:
 
@@ -19,7 +19,7 @@ import numpy as np
 from jax.scipy.special import digamma, polygamma
 from jaxtyping import Array, Float
 
-from ._checks import require_finite, require_integer, require_rank, require_values, time_length
+from .._checks import require_finite, require_integer, require_rank, require_values, time_length
 
 # Trapezoid rule on ±9 standard deviations: for tanh, whose poles lie π/2 off the axis, exact to rounding up to v = 25,
 # and to 1e-6 in Λ_1 at v = 100. An even number, so that no node sits on the kink of a ReLU.
@@ -91,11 +91,8 @@ def mean_field(
     Raises `ValueError` for a gain that is not positive and finite, T = 0, or powers that are negative or not finite.
     """
     input_powers = jnp.asarray(input_powers, float)
-    require_rank("input_powers", input_powers, 1)
-    length = time_length("input_powers", input_powers)
+    length = _check_network(gain, input_powers)
     require_integer("transient", transient, minimum=0, maximum=length - 1)
-    _require_gain(gain)
-    require_values("input_powers", input_powers, "non-negative and finite", lambda p: (p >= 0) & np.isfinite(p))
     require_finite("max_bias", max_bias)
     nodes, weights, biases = _quadrature(max_bias)
     slope = jnp.vectorize(jax.grad(lambda x: activation(x)))
@@ -111,6 +108,68 @@ def mean_field(
 
     _, (variances, leading, mean) = jax.lax.scan(advance, input_powers[0], input_powers)
     return MeanField(variances, jnp.mean(leading[transient:]), jnp.mean(mean[transient:]))
+
+
+class GainSensitivity(NamedTuple):
+    """What the mean-field theory of a vanilla network says of its answer to its weights, after each step."""
+
+    variances: Float[Array, " time"]  # of the currents x_t across units
+    to_gain: Float[Array, " time"]  # E(∂x_t/∂g)² of one unit
+    to_weights: Float[Array, " time"]  # ‖∂x_t/∂J‖² / N²
+    growth: Float[Array, " time"]  # χ_t = g² E φ'(x_t)², by which a step multiplies a squared perturbation
+
+
+def gain_sensitivity(
+    gain: float | Float[Array, ""],
+    input_powers: Float[Array, " time"],
+    *,
+    activation: Callable[[Array], Array] = jnp.tanh,
+) -> GainSensitivity:
+    r"""Mean-field theory (N → ∞) of how $x_{t+1}=g\hat J\varphi(x_t)+Ws_t$ answers to g and to $J=g\hat J$.
+
+    Ĵ_ij ~ N(0, 1/N). With $y_t=\partial x_t/\partial g$, a unit's $(x_t,y_t)$ is jointly Gaussian, of variances
+    $v_t$ and $w_t$ and covariance $c_t$; since $y_{t+1}=\hat J[\varphi(x_t)+g\varphi'(x_t)\,y_t]$,
+
+    $$\begin{aligned}
+      v_{t+1}&=g^2\,\mathbb E\varphi^2+\sigma_w^2|s_t|^2,\qquad
+      c_{t+1}=g\,\mathbb E[\varphi\,(\varphi+g\varphi'y)],\\
+      w_{t+1}&=\mathbb E(\varphi+g\varphi'y)^2,\qquad
+      Q_{t+1}=\mathbb E\varphi^2+g^2\,\mathbb E\varphi'^2\;Q_t .
+    \end{aligned}$$
+
+    $Q_t=\|\partial x_t/\partial J\|_F^2/N^2$. In a linear network $w=v(1+g^2)/(1-g^2)^2$ and $Q=v/(1-g^2)$ in the
+    stationary state. `input_powers` holds $\sigma_w^2|s_t|^2$; the state starts at $v_0=\sigma_w^2|s_0|^2$, and knows
+    nothing of g. Entry t of each result belongs to $x_t$. Raises `ValueError` as `mean_field`.
+    """
+    input_powers = jnp.asarray(input_powers, float)
+    _check_network(gain, input_powers)
+    nodes, weights, _ = _quadrature(0.0)
+    slope = jnp.vectorize(jax.grad(lambda x: activation(x)))
+
+    def average(values):
+        return jnp.sum(weights * values)
+
+    def advance(carry, power):
+        v, c, w, q = carry
+        x = jnp.sqrt(v) * nodes
+        f, df = activation(x), slope(x)
+        tilt = jnp.where(v > 0, c / jnp.where(v > 0, v, 1.0), 0.0)  # E[y | x] = tilt · x
+        growth = gain**2 * average(df**2)
+        coupling = gain * tilt * average(x * f * df)
+        new_c = gain * (average(f**2) + coupling)
+        new_w = average(f**2) + 2 * coupling + gain**2 * tilt**2 * average((x * df) ** 2) + growth * (w - tilt * c)
+        return (gain**2 * average(f**2) + power, new_c, new_w, average(f**2) + growth * q), (v, w, q, growth)
+
+    start = (input_powers[0], *(jnp.zeros_like(input_powers[0]),) * 3)
+    return GainSensitivity(*jax.lax.scan(advance, start, input_powers)[1])
+
+
+def _check_network(gain: float | Float[Array, ""], input_powers: Float[Array, " time"]) -> int:
+    require_rank("input_powers", input_powers, 1)
+    length = time_length("input_powers", input_powers)
+    _require_gain(gain)
+    require_values("input_powers", input_powers, "non-negative and finite", lambda p: (p >= 0) & np.isfinite(p))
+    return length
 
 
 def _require_gain(gain: float | Float[Array, ""]) -> None:

@@ -1,0 +1,50 @@
+r"""Closed forms. Nothing here simulates a network or imports one.
+
+Linear recurrence h_t = λ h_{t-1} + x_t, E[x_t x_{t+k}] = ρ^|k|. Everything follows from how two states driven by the
+same input overlap,
+
+    F(α, β, ρ) = E[h_α h_β] = (1 - ρ²αβ) / [(1 - αβ)(1 - ρα)(1 - ρβ)],
+
+    E|h|² = F(λ, λ̄),        E|∂h/∂λ|² = ∂_α ∂_β F(λ, λ̄),        S(λ_i, λ_j) = ∂_α ∂_β F(λ_i, λ_j).
+
+Linear teacher and student in one dimension, white input:  L = ½ E|h - h*|² for h with λ and h* with λ*.
+
+Random networks: exponents of products of Gaussian matrices, and the mean-field theory of a vanilla network.
+"""
+
+from ._linear import (
+    hessian_overlap,
+    power_spectrum,
+    reparametrized_sensitivity,
+    sensitivity_variance,
+    state_overlap,
+    state_variance,
+)
+from ._random_networks import (
+    GainSensitivity,
+    MeanField,
+    gain_sensitivity,
+    gaussian_log_determinant,
+    gaussian_product_exponents,
+    gaussian_product_spread,
+    mean_field,
+)
+from ._teacher_student import one_dim_hessian, one_dim_loss
+
+__all__ = [
+    "GainSensitivity",
+    "MeanField",
+    "gain_sensitivity",
+    "gaussian_log_determinant",
+    "gaussian_product_exponents",
+    "gaussian_product_spread",
+    "hessian_overlap",
+    "mean_field",
+    "one_dim_hessian",
+    "one_dim_loss",
+    "power_spectrum",
+    "reparametrized_sensitivity",
+    "sensitivity_variance",
+    "state_overlap",
+    "state_variance",
+]
