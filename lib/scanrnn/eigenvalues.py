@@ -153,7 +153,7 @@ def normalizer(lam: Complex[Array, "..."], rho: float | Float[Array, "..."] = 0.
 
 
 class LearnedNormalizer(eqx.Module):
-    r"""A normaliser that is a parameter of its own, $\gamma=e^{\omega_\gamma}$, as in the LRU: it ignores λ when called."""
+    r"""A normaliser that is a parameter of its own, $\gamma=e^{\omega_\gamma}$, as in the LRU: it ignores λ."""
 
     omega_gamma: Float[Array, "..."]  # ω_γ = log γ
 
