@@ -16,9 +16,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Inexact, PyTree
 
-from ._checks import require_finite, require_integer, require_rank
+from ._checks import require_finite, require_inexact, require_integer, require_rank
 from ._real import flatten, unflatten
 from .recurrence import check_differentiable, scan_cell
 
@@ -98,6 +98,49 @@ def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Ar
     return _parameter_sensitivity(parameters, rest, state, inputs)
 
 
+def unit_sensitivity(
+    states: Callable[[Array], Array], parameter: Float[Array, " hidden"]
+) -> tuple[Inexact[Array, "time hidden"], Inexact[Array, "time hidden"]]:
+    r"""All states and the derivative of each unit's state with respect to its own parameter, both (T, N).
+
+    `states` maps one real number for each unit, $\omega$ of shape (N,), to the states $h$ of shape (T, N), real or
+    complex. The second result is $\sum_j\partial h_{t,i}/\partial\omega_j$, through the whole past, by one forward pass
+    whatever N is. That is $\mathrm dh_{t,i}/\mathrm d\omega_i$ where a unit depends on its own parameter only, as in a
+    diagonal recurrence; where units read each other's states the other terms join.
+
+    Raises `ValueError` unless `parameter` has one axis and `states` returns two, of which the last is as long;
+    `TypeError` for a `parameter` or states that are not floating point, or a complex `parameter`.
+    """
+    require_inexact("parameter", parameter)
+    parameter = jnp.asarray(parameter)
+    if jnp.iscomplexobj(parameter):
+        raise TypeError(f"parameter must be real, got {parameter.dtype}")
+    require_rank("parameter", parameter, 1)
+    h, derivative = jax.jvp(states, (parameter,), (jnp.ones_like(parameter),))
+    require_inexact("what states returns", h)
+    shape = jnp.shape(h)
+    if len(shape) != 2 or shape[1:] != parameter.shape:
+        raise ValueError(f"states must return the shape (T, N) with N = {parameter.size}, got {shape}")
+    return h, derivative
+
+
+def state_derivative(cell: Cell, direction: PyTree, state: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+    r"""All states $h_t(\theta)$ and their derivatives along v, $\partial_\epsilon h_t(\theta+\epsilon v)$ at ε = 0.
+
+    `direction` is v, a pytree like the cell with an array of the same shape for each of its floating-point arrays,
+    zero where nothing moves. Total derivatives, through the whole past, by forward-mode differentiation: as cheap as
+    running the cell twice. The initial state stays as it is. Both results have time as leading axis.
+    Errors raised: as `gradient_terms`; also `ValueError` for a direction that does not fit.
+    """
+    check_differentiable(cell, state, inputs)
+    parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
+    tangent = eqx.filter(direction, eqx.is_inexact_array)
+    allowed, got = (jax.tree.map(jnp.shape, tree) for tree in (parameters, tangent))
+    if allowed != got:
+        raise ValueError(f"direction must be like the cell, with arrays of shapes {allowed}, got {got}")
+    return _state_derivative(parameters, rest, tangent, state, inputs)
+
+
 def loss_along_gradient(
     loss: Callable[[Any], Float[Array, ""]], cell: PyTree, lengths: Float[Array, " lengths"]
 ) -> tuple[Float[Array, ""], Float[Array, " lengths"], Float[Array, ""]]:
@@ -152,6 +195,14 @@ def _parameter_sensitivity(parameters: PyTree, rest: PyTree, state: PyTree, inpu
 
     initial = (start, jnp.zeros((start.size, theta.size), start.dtype))
     return jax.lax.scan(advance, initial, inputs)[1]
+
+
+@eqx.filter_jit
+def _state_derivative(parameters: PyTree, rest: PyTree, tangent: PyTree, state: PyTree, inputs: PyTree):
+    def states(theta):
+        return scan_cell(eqx.combine(theta, rest), state, inputs)[1]
+
+    return jax.jvp(states, (parameters,), (tangent,))
 
 
 @eqx.filter_jit

@@ -21,6 +21,7 @@ from scanrnn.sensitivity import (
     loss_along_gradient,
     parameter_sensitivity,
     squared_norm,
+    state_derivative,
 )
 
 T, D_IN, N = 12, 2, 4
@@ -311,3 +312,31 @@ def test_loss_along_the_gradient_refuses_bad_lengths():
         loss_along_gradient(jnp.sum, jnp.ones(2), jnp.asarray(1.0))
     with pytest.raises(ValueError, match=r"lengths must be finite, got nan at index \(1,\)"):
         loss_along_gradient(jnp.sum, jnp.ones(2), jnp.array([1.0, jnp.nan]))
+
+
+@KINDS
+def test_the_derivative_along_a_direction_is_a_difference_quotient(kind):
+    cell, state, inputs, _ = setting(kind)
+    parameters, unravel = ravel_pytree(eqx.filter(cell, eqx.is_inexact_array))
+    direction = unravel(jr.normal(jr.key(9), parameters.shape))
+    states, derivatives = state_derivative(cell, direction, state, inputs)
+    assert_close(states, scan_cell(cell, state, inputs)[1], 1e-14)
+    step = 1e-5
+    moved = [scan_cell(eqx.apply_updates(cell, jax.tree.map(lambda v, s=s: s * step * v, direction)), state, inputs)[1]
+             for s in (1, -1)]  # fmt: skip
+    quotient = jax.tree.map(lambda above, below: (above - below) / (2 * step), *moved)
+    assert_close(derivatives, quotient, 1e-6)  # step² times a third derivative, and rounding over the step: 1e-11
+
+
+def test_the_squared_derivatives_along_a_basis_sum_to_the_sensitivity():
+    cell, state, inputs, _ = setting("vanilla")
+    parameters, unravel = ravel_pytree(eqx.filter(cell, eqx.is_inexact_array))
+    along = lambda v: state_derivative(cell, unravel(v), state, inputs)[1]  # noqa: E731
+    total = jnp.sum(jax.vmap(along)(jnp.eye(parameters.size)) ** 2, axis=(0, 2))
+    np.testing.assert_allclose(total, parameter_sensitivity(cell, state, inputs), rtol=1e-12)
+
+
+def test_a_direction_unlike_the_cell_is_refused():
+    cell, state, inputs, _ = setting("vanilla")
+    with pytest.raises(ValueError, match="direction must be like the cell, with arrays of shapes"):
+        state_derivative(cell, eqx.tree_at(lambda c: c.bias, cell, jnp.zeros(N + 1)), state, inputs)

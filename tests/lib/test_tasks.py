@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scanrnn.tasks import autoregressive
+from scanrnn.tasks import autoregressive, oscillation
 
 COPIES, LENGTH = 20_000, 6
 draw = jax.jit(lambda key, rho: autoregressive(key, LENGTH, rho, (COPIES,)))
@@ -100,3 +100,42 @@ def test_bad_arguments_are_refused_by_name():
         autoregressive(jr.key(0), 0, 0.5)
     with pytest.raises(TypeError, match=r"length must be an integer, got 5\.0"):
         autoregressive(jr.key(0), 5.0, 0.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("persistence", "phase"), [(0.0, 1.0), (0.9, 1.0), (1.0, 2.5), (0.7, 0.0)])
+def test_oscillation_has_the_autocorrelation_of_a_damped_cosine(persistence, phase):
+    x = oscillation(jr.key(7), LENGTH, persistence, phase, (COPIES,))
+    assert x.shape == (LENGTH, COPIES)
+    for s in range(LENGTH):
+        for t in range(s, LENGTH):
+            correlation = persistence ** (t - s) * np.cos(phase * (t - s))
+            # as above: Var(x y) = 1 + c² for standard normals of correlation c
+            assert abs(jnp.mean(x[s] * x[t]) - correlation) < 4 * np.sqrt((1 + correlation**2) / COPIES), (s, t)
+
+
+def test_oscillation_without_rotation_is_the_autoregressive_process_of_its_real_noise():
+    # the imaginary part never reaches the real one; the noise is drawn as the first of two blocks
+    x = oscillation(jr.key(8), 50, 0.8, 0.0, (3,))
+    noise = jr.normal(jr.key(8), (2, 50, 3))[0]
+    want = [noise[0]]
+    for epsilon in noise[1:]:
+        want.append(0.8 * want[-1] + 0.6 * epsilon)
+    np.testing.assert_allclose(x, np.stack(want), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0.5, 1.0), "length must be at least 1, got 0"),
+        ((5, 1.5, 1.0), r"persistence must be in \[0, 1\], got 1.5"),
+        ((5, jnp.zeros(2), 1.0), r"persistence must have 0 axes, got shape \(2,\)"),
+        ((5, 0.5, float("inf")), "phase must be finite, got inf"),
+    ],
+)
+def test_oscillation_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        oscillation(jr.key(0), *arguments)
+
+
+def test_a_traced_persistence_outside_its_range_gives_nan():
+    assert jnp.isnan(jax.jit(lambda r: oscillation(jr.key(0), 5, r, 1.0))(1.5)).all()

@@ -29,11 +29,13 @@ from ._random_networks import (
     gaussian_product_spread,
     mean_field,
 )
+from ._spectrum import SpectralMoments, spectral_moments
 from ._teacher_student import one_dim_hessian, one_dim_loss
 
 __all__ = [
     "GainSensitivity",
     "MeanField",
+    "SpectralMoments",
     "gain_sensitivity",
     "gaussian_log_determinant",
     "gaussian_product_exponents",
@@ -45,6 +47,7 @@ __all__ = [
     "power_spectrum",
     "reparametrized_sensitivity",
     "sensitivity_variance",
+    "spectral_moments",
     "state_overlap",
     "state_variance",
 ]
