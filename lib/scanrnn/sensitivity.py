@@ -117,10 +117,11 @@ def unit_sensitivity(
         raise TypeError(f"parameter must be real, got {parameter.dtype}")
     require_rank("parameter", parameter, 1)
     h, derivative = jax.jvp(states, (parameter,), (jnp.ones_like(parameter),))
+    if not eqx.is_array(h):
+        raise TypeError(f"states must return one array, got {type(h).__name__}")
     require_inexact("what states returns", h)
-    shape = jnp.shape(h)
-    if len(shape) != 2 or shape[1:] != parameter.shape:
-        raise ValueError(f"states must return the shape (T, N) with N = {parameter.size}, got {shape}")
+    if h.ndim != 2 or h.shape[1:] != parameter.shape:
+        raise ValueError(f"states must return the shape (T, N) with N = {parameter.size}, got {h.shape}")
     return h, derivative
 
 

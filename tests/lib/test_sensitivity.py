@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from scanrnn.cells import VanillaCell
 from scanrnn.lyapunov import long_term_jacobian
-from scanrnn.recurrence import scan_cell
+from scanrnn.recurrence import linear_recurrence, scan_cell
 from scanrnn.sensitivity import (
     backpropagated_errors,
     estimate,
@@ -22,6 +22,7 @@ from scanrnn.sensitivity import (
     parameter_sensitivity,
     squared_norm,
     state_derivative,
+    unit_sensitivity,
 )
 
 T, D_IN, N = 12, 2, 4
@@ -188,6 +189,59 @@ def test_sensitivity_needs_memory_for_one_step_only():
     memory = measure.lower(*shapes).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 1e9
+
+
+def two_parameters(kind):
+    """States of shape (T, N) as a function of one real number for each unit."""
+    inputs = jr.normal(jr.key(0), (T, N))
+    if kind == "real":
+        return lambda omega: linear_recurrence(jnp.tanh(omega), inputs)
+    if kind == "complex":
+        return lambda omega: linear_recurrence(jnp.exp(jax.lax.complex(-jnp.exp(omega), omega)), inputs)
+    mixing = jr.normal(jr.key(1), (N, N)) / 4  # units that read each other's states
+    cell = lambda input, state: jnp.tanh(mixing @ state + input)  # noqa: E731
+    return lambda omega: scan_cell(cell, jnp.zeros(N), omega[None] * inputs)[1]
+
+
+@pytest.mark.parametrize("kind", ["real", "complex", "coupled"])
+def test_unit_sensitivity_sums_the_rows_of_the_whole_jacobian(kind):
+    states, omega = two_parameters(kind), jnp.array([-1.0, 0.1, 0.5, 0.9])
+    h, derivative = unit_sensitivity(states, omega)
+    jacobian = jax.jacfwd(states)(omega)  # (T, N, N)
+    np.testing.assert_array_equal(h, states(omega))
+    np.testing.assert_allclose(derivative, jnp.sum(jacobian, axis=2), rtol=0, atol=ROUNDING)
+    own = jnp.diagonal(jacobian, axis1=1, axis2=2)
+    if kind == "coupled":
+        assert jnp.max(jnp.abs(derivative - own)) > 0.1
+    else:
+        np.testing.assert_allclose(derivative, own, rtol=0, atol=ROUNDING)
+
+
+def test_stationary_unit_sensitivity_of_many_time_scales_at_once():
+    lam = jnp.array([0.3, 0.6, 0.8])  # 0.8^200 = 4e-20
+    inputs = jr.normal(jr.key(1), (4000, 100, 3))
+    measure = jax.jit(jax.vmap(lambda x: unit_sensitivity(lambda lam: linear_recurrence(lam, x), lam)[1][-1] ** 2))
+    mean, standard_error = estimate(measure(inputs))
+    expected = (1 + lam**2) / (1 - lam**2) ** 3
+    assert jnp.all(jnp.abs(mean - expected) < 4 * standard_error)
+    assert jnp.all(standard_error < 0.05 * expected)
+
+
+def test_unit_sensitivity_refuses_what_has_no_own_parameter():
+    states, omega = two_parameters("real"), jnp.zeros(N)
+    with pytest.raises(ValueError, match=r"parameter must have 1 axes, got shape \(2, 4\)"):
+        unit_sensitivity(states, jnp.zeros((2, N)))
+    with pytest.raises(TypeError, match=r"parameter must be floating point .* got int64"):
+        unit_sensitivity(states, jnp.zeros(N, int))
+    with pytest.raises(TypeError, match="parameter must be real, got complex128"):
+        unit_sensitivity(states, jnp.zeros(N, complex))
+    for wrong in (lambda omega: omega, lambda omega: states(omega)[:, :2], lambda omega: states(omega)[None]):
+        with pytest.raises(ValueError, match=r"states must return the shape \(T, N\) with N = 4, got \("):
+            unit_sensitivity(wrong, omega)
+    with pytest.raises(TypeError, match=r"what states returns must be floating point .* got int64"):
+        unit_sensitivity(lambda omega: states(omega).astype(int), omega)
+    with pytest.raises(TypeError, match="states must return one array, got tuple"):
+        unit_sensitivity(lambda omega: (states(omega), states(omega)), omega)  # pyright: ignore[reportArgumentType]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
