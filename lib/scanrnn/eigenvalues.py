@@ -5,20 +5,23 @@ r"""Parametrisations λ(ω) of the eigenvalues of a linear recurrence, λ = ν e
     Exponential    λ = exp(-e^{ω_ν} + i e^{ω_θ})                     the LRU's (Orvieto et al. 2023)
     Optimal        λ = tanh(ω_ν) e^{iθ},  θ = ω_θ (1 - ν²)/(ν √(1 + ν²))   of Zucchet & Orvieto (2024)
 
-Each is a module whose leaves are real; calling it returns λ. `normalizer` is the factor γ(λ) that gives the state the
+Each is a module whose leaves are real; calling it returns λ. `from_eigenvalues` refuses a λ that is not allowed;
+where the values are traced, the module returns NaN instead. `normalizer` is the factor γ(λ) that gives the state the
 variance 1, tied to λ; `LearnedNormalizer` starts there and is then a parameter of its own.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from ._checks import require_inexact, require_integer, require_values
+from ._checks import is_abstract, require_inexact, require_integer, require_values
 from .theory import state_variance
 
 
@@ -41,7 +44,7 @@ class Cartesian(Eigenvalues):
 
     @classmethod
     def from_eigenvalues(cls, lam: Complex[Array, "..."]) -> "Cartesian":
-        """The module that returns `lam`. `ValueError` unless |λ| < 1, `TypeError` for integers."""
+        """The module that returns `lam`. `ValueError` unless |λ| < 1, `TypeError` for what is not floating point."""
         lam = _eigenvalues(lam)
         return cls(lam.real, lam.imag)
 
@@ -63,7 +66,7 @@ class Polar(Eigenvalues):
 
 
 class Exponential(Eigenvalues):
-    r"""$\lambda=\exp(-e^{\omega_\nu}+ie^{\omega_\theta})$, the LRU's: always $0<\nu<1$ and $\theta>0$.
+    r"""$\lambda=\exp(-e^{\omega_\nu}+ie^{\omega_\theta})$, the LRU's: $\nu<1$, also when rounded, and $\theta>0$.
 
     $e^{\omega_\nu}$ is the rate of decay per step, so a change of $\omega_\nu$ changes the memory $1/(1-\nu)$ by a
     factor, whatever the memory is.
@@ -73,19 +76,18 @@ class Exponential(Eigenvalues):
     omega_theta: Float[Array, "..."]  # ω_θ = log θ, θ in radians
 
     def __call__(self) -> Complex[Array, "..."]:
-        return _polar(jnp.exp(-jnp.exp(self.omega_nu)), jnp.exp(self.omega_theta))
+        return _polar(_below_one(jnp.exp(-jnp.exp(self.omega_nu))), jnp.exp(self.omega_theta))
 
     @classmethod
     def from_eigenvalues(cls, lam: Complex[Array, "..."]) -> "Exponential":
         """The module that returns `lam`, with its phase counted in (0, 2π).
 
         Raises `ValueError` unless 0 < |λ| < 1 and λ is not real and positive, whose phase 0 has no logarithm;
-        `TypeError` for integers.
+        `TypeError` for what is not floating point.
         """
-        lam = _eigenvalues(lam)
-        _require_nonzero(lam)
+        lam = _nonzero(_eigenvalues(lam))
         allowed = "not real and positive, since the phase 0 has no logarithm"
-        require_values("lam", lam, allowed, lambda z: np.angle(z) != 0)
+        lam = _allowed(lam, allowed, lambda z: jnp.angle(z) != 0)
         theta = jnp.angle(lam)
         theta = jnp.where(theta < 0, theta + 2 * jnp.pi, theta)
         return cls(jnp.log(-jnp.log(jnp.abs(lam))), jnp.log(theta))
@@ -96,7 +98,8 @@ class Optimal(Eigenvalues):
 
     It solves $\mathrm d\nu/\mathrm d\omega_\nu=1-\nu^2$ and
     $\partial\theta/\partial\omega_\theta=\frac{1-\nu^2}{\nu\sqrt{1+\nu^2}}$, so that the normalised one-dimensional
-    loss has the curvature 1 along $\omega_\theta$ everywhere, and along $\omega_\nu$ where θ = 0.
+    loss has the curvature 1 along $\omega_\theta$ everywhere, and along $\omega_\nu$ where θ = 0. At $\omega_\nu=0$ the
+    phase is not defined, and λ is NaN.
     """
 
     omega_nu: Float[Array, "..."]  # ω_ν = artanh ν
@@ -105,16 +108,15 @@ class Optimal(Eigenvalues):
     def __call__(self) -> Complex[Array, "..."]:
         nu = jnp.tanh(self.omega_nu)
         rest = 1 / jnp.cosh(self.omega_nu) ** 2  # 1 - ν² without cancellation
-        return _polar(nu, self.omega_theta * rest / (nu * jnp.sqrt(1 + nu**2)))
+        return _polar(_below_one(nu), self.omega_theta * rest / (nu * jnp.sqrt(1 + nu**2)))
 
     @classmethod
     def from_eigenvalues(cls, lam: Complex[Array, "..."]) -> "Optimal":
         """The module that returns `lam`, with θ in (-π, π].
 
-        Raises `ValueError` unless 0 < |λ| < 1, `TypeError` for integers.
+        Raises `ValueError` unless 0 < |λ| < 1, `TypeError` for what is not floating point.
         """
-        lam = _eigenvalues(lam)
-        _require_nonzero(lam)
+        lam = _nonzero(_eigenvalues(lam))
         omega_nu = jnp.arctanh(jnp.abs(lam))
         nu, rest = jnp.tanh(omega_nu), 1 / jnp.cosh(omega_nu) ** 2  # as when called, so that rounding meets itself
         return cls(omega_nu, jnp.angle(lam) * nu * jnp.sqrt(1 + nu**2) / rest)
@@ -128,22 +130,23 @@ def ring(
     $\nu=\sqrt{\nu_{\min}^2+u\,(\nu_{\max}^2-\nu_{\min}^2)}$ with u ~ U[0, 1), and θ ~ U[-`max_phase`, `max_phase`].
 
     Raises `ValueError` unless n >= 1, 0 <= `min_modulus` <= `max_modulus` <= 1 and 0 <= `max_phase` <= π; `TypeError`
-    for an n that is not an integer.
+    for an n that is not an integer. Where the values are traced, the result is NaN instead.
     """
     require_integer("n", n, minimum=1)
     require_values("max_modulus", max_modulus, "between 0 and 1", lambda r: (r >= 0) & (r <= 1))
-    allowed = f"between 0 and max_modulus = {max_modulus}"
-    require_values("min_modulus", min_modulus, allowed, lambda r: (r >= 0) & (r <= max_modulus))
+    if not is_abstract((min_modulus, max_modulus)):
+        allowed = f"between 0 and max_modulus = {max_modulus}"
+        require_values("min_modulus", min_modulus, allowed, lambda r: (r >= 0) & (r <= max_modulus))
     require_values("max_phase", max_phase, "between 0 and π", lambda t: (t >= 0) & (t <= np.pi))
     modulus_key, phase_key = jax.random.split(key)
     u = jax.random.uniform(modulus_key, (n,))
     nu = jnp.sqrt(min_modulus**2 + u * (max_modulus**2 - min_modulus**2))
-    # rounding must not carry a modulus to 1: the largest number below it is allowed
-    nu = jnp.minimum(nu, jnp.nextafter(jnp.ones((), nu.dtype), jnp.zeros((), nu.dtype)))
-    return _polar(nu, jax.random.uniform(phase_key, (n,), minval=-max_phase, maxval=max_phase))
+    ordered = (min_modulus >= 0) & (min_modulus <= max_modulus) & (max_modulus <= 1)
+    nu = jnp.where(ordered & (max_phase >= 0) & (max_phase <= np.pi), nu, jnp.nan)
+    return _polar(_below_one(nu), jax.random.uniform(phase_key, (n,), minval=-max_phase, maxval=max_phase))
 
 
-def normalizer(lam: Complex[Array, "..."], rho: float | Float[Array, "..."] = 0.0) -> Float[Array, "..."]:
+def normalizer(lam: ArrayLike, rho: ArrayLike = 0.0) -> Float[Array, "..."]:
     r"""$\gamma(\lambda)=(\mathbb E|h|^2)^{-1/2}$: with it, $h_t=\lambda h_{t-1}+\gamma x_t$ has the variance 1.
 
     $\sqrt{1-|\lambda|^2}$ for white input (the LRU's), $|1-\lambda|$ for a constant one. Errors: as
@@ -162,7 +165,7 @@ class LearnedNormalizer(eqx.Module):
         return jnp.exp(self.omega_gamma)
 
     @classmethod
-    def from_eigenvalues(cls, lam: Complex[Array, "..."], rho: float = 0.0) -> "LearnedNormalizer":
+    def from_eigenvalues(cls, lam: ArrayLike, rho: ArrayLike = 0.0) -> "LearnedNormalizer":
         """The module that starts at `normalizer(lam, rho)`. Errors: as `normalizer`."""
         return cls(jnp.log(normalizer(lam, rho)))
 
@@ -171,14 +174,27 @@ def _polar(nu: Array, theta: Array) -> Array:
     return jax.lax.complex(nu * jnp.cos(theta), nu * jnp.sin(theta))
 
 
+def _below_one(nu: Array) -> Array:
+    """ν, far enough from ±1 that rounding does not carry the modulus of ν e^{iθ} there."""
+    limit = 1 - 4 * float(jnp.finfo(nu.dtype).eps)
+    return jnp.clip(nu, -limit, limit)
+
+
 def _eigenvalues(lam: Any) -> Array:
-    require_inexact("lam", lam)
-    lam = jnp.asarray(lam)
-    if not jnp.iscomplexobj(lam):
-        lam = jax.lax.complex(lam, jnp.zeros_like(lam))
-    require_values("lam", lam, "of modulus below 1", lambda z: np.abs(z) < 1)
-    return lam
+    try:
+        array = jnp.asarray(lam)
+    except (TypeError, ValueError):
+        raise TypeError(f"lam must be a number or an array of numbers, got {lam!r}") from None
+    require_inexact("lam", array)
+    if not jnp.iscomplexobj(array):
+        array = jax.lax.complex(array, jnp.zeros_like(array))
+    return _allowed(array, "of modulus below 1", lambda z: abs(z) < 1)
 
 
-def _require_nonzero(lam: Array) -> None:
-    require_values("lam", lam, "nonzero", lambda z: z != 0)
+def _nonzero(lam: Array) -> Array:
+    return _allowed(lam, "nonzero", lambda z: z != 0)
+
+
+def _allowed(lam: Array, allowed: str, is_allowed: Callable[[Any], Any]) -> Array:
+    require_values("lam", lam, allowed, is_allowed)
+    return jnp.where(is_allowed(lam), lam, complex(np.nan, np.nan))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._checks import require_values
+from .._checks import is_abstract, require_values
 
 
 def eigenvalue(name: str, value: Any) -> Array:
@@ -61,8 +61,11 @@ def _checked(name: str, value: Any, allowed: str, is_allowed: Callable[[Any], An
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number or an array of numbers, got {value!r}") from None
     if jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(float)  # 0 and 1 are values that one writes without a point
+        with jax.numpy_dtype_promotion("standard"):
+            array = array * 1.0  # 0 and 1 are values that one writes without a point, of no precision of their own
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(f"{name} must be real or complex numbers, got {array.dtype}")
     require_values(name, array, allowed, is_allowed)
-    return array * jnp.where(is_allowed(array), 1.0, jnp.nan).astype(array.dtype)  # a factor: its slope is NaN too
+    if not is_abstract(array):
+        return array
+    return array * jnp.where(is_allowed(array), 1.0, jnp.nan)  # a factor: its slope is NaN too

@@ -9,6 +9,7 @@ For β = ᾱ every term is real and not negative.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,7 @@ def hessian_overlap(lam_i: ArrayLike, lam_j: ArrayLike, rho: ArrayLike = 0.0) ->
         rho=_arguments.correlation("rho", rho),
     )
     with jax.numpy_dtype_promotion("standard"):
-        p, rest = a * b, (1 - a) + a * (1 - b)  # rest = 1 - p, exact where α and β are close to 1
-        curly = (1 + p) * _one_minus(rho, p, rest) ** 2 + 2 * rho * p * (1 - a) * (1 - b)
-        return (rho**2 + (1 - rho) * (1 + rho) * curly / rest**3) / (_one_minus(rho, a) * _one_minus(rho, b)) ** 2
+        return _hessian_overlap(a, b, rho)
 
 
 def state_variance(lam: ArrayLike, rho: ArrayLike = 0.0) -> Float[Array, "..."]:
@@ -64,9 +63,7 @@ def state_variance(lam: ArrayLike, rho: ArrayLike = 0.0) -> Float[Array, "..."]:
     $(1-|\lambda|^2)^{-1}$ for white input (ρ = 0), $|1-\lambda|^{-2}$ for a constant one (ρ = 1). Real λ or complex, of
     any shape that broadcasts with that of ρ. Differentiable in λ and ρ. Errors: as `state_overlap`.
     """
-    lam, rho = _lam_and_rho(lam, rho)
-    p, _, near = _conjugate_pair(lam, rho)
-    return (rho**2 + (1 - rho) * (1 + rho) / p) / near
+    return _state_variance(*_lam_and_rho(lam, rho))
 
 
 def sensitivity_variance(lam: ArrayLike, rho: ArrayLike = 0.0) -> Float[Array, "..."]:
@@ -77,11 +74,7 @@ def sensitivity_variance(lam: ArrayLike, rho: ArrayLike = 0.0) -> Float[Array, "
     $(1+\lambda^2)/(1-\lambda^2)^3$ for white input, $(1-\lambda)^{-4}$ for a constant one. Shapes and errors: as
     `state_variance`.
     """
-    lam, rho = _lam_and_rho(lam, rho)
-    rest, distance, near = _conjugate_pair(lam, rho)
-    p = _arguments.squared_modulus(lam)
-    curly = (1 + p) * _one_minus(rho, p, rest) ** 2 + 2 * rho * p * distance
-    return (rho**2 + (1 - rho) * (1 + rho) * curly / rest**3) / near**2
+    return _sensitivity_variance(*_lam_and_rho(lam, rho))
 
 
 def power_spectrum(phase: ArrayLike, rho: ArrayLike) -> Float[Array, "..."]:
@@ -91,14 +84,12 @@ def power_spectrum(phase: ArrayLike, rho: ArrayLike) -> Float[Array, "..."]:
 
     Raises `ValueError` unless ρ is in [0, 1] and the shapes broadcast; `TypeError` for arguments that are not real.
     """
-    phase, rho = _arguments.together(
-        phase=_arguments.real("phase", phase), rho=_arguments.correlation("rho", rho)
-    )  # |1 - ρe^{iθ}|² = (1 - ρ)² + 4ρ sin²(θ/2)
-    return (1 - rho) * (1 + rho) / ((1 - rho) ** 2 + 4 * rho * jnp.sin(phase / 2) ** 2)
+    phase, rho = _arguments.together(phase=_arguments.real("phase", phase), rho=_arguments.correlation("rho", rho))
+    return _power_spectrum(phase, rho)
 
 
 def reparametrized_sensitivity(
-    law: Callable[[Array], tuple[Array, Array]], omega: ArrayLike, rho: ArrayLike = 0.0
+    law: Callable[[Array], tuple[ArrayLike, ArrayLike]], omega: ArrayLike, rho: ArrayLike = 0.0
 ) -> Float[Array, "..."]:
     r"""$\mathbb E|\mathrm dh/\mathrm d\omega|^2$ of $h_t=\lambda(\omega)\,h_{t-1}+\gamma(\omega)\,x_t$.
 
@@ -107,27 +98,84 @@ def reparametrized_sensitivity(
 
     $$\mathbb E|\mathrm d_\omega h|^2
       =\partial_{\omega_1}\partial_{\omega_2}\big[\gamma(\omega_1)\,\bar\gamma(\omega_2)
-      \,F(\lambda(\omega_1),\bar\lambda(\omega_2),\rho)\big]_{\omega_1=\omega_2=\omega}.$$
+      \,F(\lambda(\omega_1),\bar\lambda(\omega_2),\rho)\big]_{\omega_1=\omega_2=\omega}
+      =|\gamma'|^2F+2\,\mathrm{Re}(\gamma'\bar\gamma\,\bar\lambda'\,\partial_\beta F)+|\gamma\lambda'|^2S.$$
 
-    Shapes of ω and ρ broadcast. Errors: as `state_overlap`, for λ(ω) and ρ; `TypeError` for a complex ω.
+    Shapes of ω and ρ broadcast. Errors: as `state_overlap`, for λ(ω) and ρ; `TypeError` for a complex ω, and
+    `ValueError` for a law that does not return two numbers.
     """
     omega, rho = _arguments.together(omega=_arguments.real("omega", omega), rho=_arguments.correlation("rho", rho))
-    flat = jax.vmap(law)(omega.ravel())[0]
-    _arguments.eigenvalue("the λ that law returns", flat)
-
-    def overlap(first, second, rho):
-        (a, gamma), (b, other) = law(first), law(second)
-        product = jnp.asarray(gamma) * jnp.conj(other)
-        return (product * _overlap(a, jnp.conj(b), rho)).real
-
-    mixed = jax.jacfwd(jax.jacfwd(overlap, argnums=0), argnums=1)
     with jax.numpy_dtype_promotion("standard"):  # the user's law may mix real and complex
-        return jax.vmap(mixed)(omega.ravel(), omega.ravel(), rho.ravel()).reshape(omega.shape)
+        _require_pair(jax.eval_shape(law, jax.ShapeDtypeStruct((), omega.dtype)))
+
+        def floating(omega):
+            return tuple(1.0 * jnp.asarray(number) for number in law(omega))
+
+        flat = omega.ravel()
+        values, slopes = jax.vmap(lambda w: jax.jvp(floating, (w,), (jnp.ones_like(w),)))(flat)
+        lam = _arguments.eigenvalue("the λ that law returns", values[0])
+        return _chain_rule(lam, values[1], *slopes, rho.ravel()).reshape(omega.shape)
 
 
+def _require_pair(returned: Any) -> None:
+    shapes = jax.tree.map(lambda leaf: leaf.shape, returned)
+    if shapes != ((), ()):
+        raise ValueError(f"law must return a pair of numbers (λ, γ) for one ω, got shapes {shapes}")
+
+
+# What follows is compiled once for each shape, also where the caller does not compile.
+
+
+@jax.jit
 def _overlap(a: Array, b: Array, rho: Array) -> Array:
-    rest = (1 - a) + a * (1 - b)
-    return (rho**2 + (1 - rho) * (1 + rho) / rest) / (_one_minus(rho, a) * _one_minus(rho, b))
+    return _plateau(rho, _one_minus_product(a, b)) / (_one_minus(rho, a) * _one_minus(rho, b))
+
+
+@jax.jit
+def _hessian_overlap(a: Array, b: Array, rho: Array) -> Array:
+    p, rest = a * b, _one_minus_product(a, b)
+    curly = (1 + p) * _one_minus(rho, p, rest) ** 2 + 2 * rho * p * (1 - a) * (1 - b)
+    return (rho**2 + (1 - rho) * (1 + rho) * curly / rest**3) / (_one_minus(rho, a) * _one_minus(rho, b)) ** 2
+
+
+@jax.jit
+def _state_variance(lam: Array, rho: Array) -> Array:
+    rest, _, near = _conjugate_pair(lam, rho)
+    return _plateau(rho, rest) / near
+
+
+@jax.jit
+def _sensitivity_variance(lam: Array, rho: Array) -> Array:
+    rest, distance, near = _conjugate_pair(lam, rho)
+    p = _arguments.squared_modulus(lam)
+    curly = (1 + p) * _one_minus(rho, p, rest) ** 2 + 2 * rho * p * distance
+    return (rho**2 + (1 - rho) * (1 + rho) * curly / rest**3) / near**2
+
+
+@jax.jit
+def _power_spectrum(phase: Array, rho: Array) -> Array:
+    # |1 - ρe^{iθ}|² = (1 - ρ)² + 4ρ sin²(θ/2)
+    return (1 - rho) * (1 + rho) / ((1 - rho) ** 2 + 4 * rho * jnp.sin(phase / 2) ** 2)
+
+
+@jax.jit
+def _chain_rule(lam: Array, gamma: Array, lam_slope: Array, gamma_slope: Array, rho: Array) -> Array:
+    rest, _, near = _conjugate_pair(lam, rho)
+    # ∂_β F(λ, λ̄) = [λ(1 - ρ²)/(1 - p)² + ρ(1 - ρ²p)/((1 - p)(1 - ρλ̄))] / |1 - ρλ|²
+    to_beta = lam * (1 - rho) * (1 + rho) / rest**2 + rho * _plateau(rho, rest) / _one_minus(rho, jnp.conj(lam))
+    cross = gamma_slope * jnp.conj(gamma * lam_slope) * to_beta / near
+    to_gamma = _arguments.squared_modulus(gamma_slope) * _state_variance(lam, rho)
+    return to_gamma + 2 * cross.real + _arguments.squared_modulus(gamma * lam_slope) * _sensitivity_variance(lam, rho)
+
+
+def _plateau(rho: Array, rest: Array) -> Array:
+    """(1 - ρ²p)/(1 - p), for rest = 1 - p."""
+    return rho**2 + (1 - rho) * (1 + rho) / rest
+
+
+def _one_minus_product(a: Array, b: Array) -> Array:
+    """1 - αβ, exact where both are close to 1."""
+    return (1 - a) + a * (1 - b)
 
 
 def _one_minus(rho: Array, z: Array, rest: Array | None = None) -> Array:

@@ -13,6 +13,7 @@ al. 1988; in discrete time with input, Molgedey et al. 1992), ⟨·⟩ the mean 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,25 +89,13 @@ def mean_field(
     any input or bias v stays at 0, which is unstable for g > 1: a network started elsewhere does not come there. Where
     φ' is 0 with positive probability (ReLU), the mean exponent is -inf.
 
-    Raises `ValueError` for a gain that is not positive and finite, T = 0, or powers that are negative or not finite.
+    Differentiable in the gain, and in the powers where v > 0. Raises `ValueError` for a gain that is not one positive
+    and finite number, T = 0, or powers that are negative or not finite; where these are traced, NaN stands instead.
     """
-    input_powers = jnp.asarray(input_powers, float)
-    length = _check_network(gain, input_powers)
-    require_integer("transient", transient, minimum=0, maximum=length - 1)
+    gain, input_powers = _network(gain, input_powers)
+    require_integer("transient", transient, minimum=0, maximum=len(input_powers) - 1)
     require_finite("max_bias", max_bias)
-    nodes, weights, biases = _quadrature(max_bias)
-    slope = jnp.vectorize(jax.grad(lambda x: activation(x)))
-
-    def advance(variance, power):
-        x = jnp.sqrt(variance) * nodes + biases
-        derivative = slope(x)
-        log_derivative = _log_tanh_slope(x) if activation is jnp.tanh else jnp.log(jnp.abs(derivative))
-        leading = 0.5 * jnp.log(gain**2 * jnp.sum(weights * derivative**2))
-        mean = jnp.log(gain) - 0.5 + jnp.sum(weights * log_derivative)
-        new = gain**2 * jnp.sum(weights * activation(x) ** 2) + power
-        return new, (variance, leading, mean)
-
-    _, (variances, leading, mean) = jax.lax.scan(advance, input_powers[0], input_powers)
+    variances, leading, mean = _mean_field(gain, input_powers, _quadrature(max_bias), activation)
     return MeanField(variances, jnp.mean(leading[transient:]), jnp.mean(mean[transient:]))
 
 
@@ -141,9 +130,32 @@ def gain_sensitivity(
     stationary state. `input_powers` holds $\sigma_w^2|s_t|^2$; the state starts at $v_0=\sigma_w^2|s_0|^2$, and knows
     nothing of g. Entry t of each result belongs to $x_t$. Raises `ValueError` as `mean_field`.
     """
-    input_powers = jnp.asarray(input_powers, float)
-    _check_network(gain, input_powers)
-    nodes, weights, _ = _quadrature(0.0)
+    gain, input_powers = _network(gain, input_powers)
+    nodes, weights = map(jnp.asarray, _normal_quadrature())
+    return _gain_sensitivity(gain, input_powers, nodes, weights, activation)
+
+
+@eqx.filter_jit  # without it, each call would compile the scan anew
+def _mean_field(gain: Array, input_powers: Array, quadrature: tuple, activation: Callable) -> tuple:
+    nodes, weights, biases = quadrature
+    slope = jnp.vectorize(jax.grad(lambda x: activation(x)))
+
+    def advance(variance, power):
+        x = _root(variance) * nodes + biases
+        derivative = slope(x)
+        log_derivative = _log_tanh_slope(x) if activation is jnp.tanh else jnp.log(jnp.abs(derivative))
+        leading = 0.5 * jnp.log(gain**2 * jnp.sum(weights * derivative**2))
+        mean = jnp.log(gain) - 0.5 + jnp.sum(weights * log_derivative)
+        new = gain**2 * jnp.sum(weights * activation(x) ** 2) + power
+        return new, (variance, leading, mean)
+
+    return jax.lax.scan(advance, input_powers[0], input_powers)[1]
+
+
+@eqx.filter_jit
+def _gain_sensitivity(
+    gain: Array, input_powers: Array, nodes: Array, weights: Array, activation: Callable
+) -> GainSensitivity:
     slope = jnp.vectorize(jax.grad(lambda x: activation(x)))
 
     def average(values):
@@ -151,7 +163,7 @@ def gain_sensitivity(
 
     def advance(carry, power):
         v, c, w, q = carry
-        x = jnp.sqrt(v) * nodes
+        x = _root(v) * nodes
         f, df = activation(x), slope(x)
         tilt = jnp.where(v > 0, c / jnp.where(v > 0, v, 1.0), 0.0)  # E[y | x] = tilt · x
         growth = gain**2 * average(df**2)
@@ -164,12 +176,22 @@ def gain_sensitivity(
     return GainSensitivity(*jax.lax.scan(advance, start, input_powers)[1])
 
 
-def _check_network(gain: float | Float[Array, ""], input_powers: Float[Array, " time"]) -> int:
+def _network(gain: float | Float[Array, ""], input_powers: Float[Array, " time"]) -> tuple[Array, Array]:
+    """Both checked; where they are traced, NaN in place of what is not allowed."""
+    input_powers = jnp.asarray(input_powers, float)
+    require_rank("gain", gain, 0)
     require_rank("input_powers", input_powers, 1)
-    length = time_length("input_powers", input_powers)
+    time_length("input_powers", input_powers)
     _require_gain(gain)
     require_values("input_powers", input_powers, "non-negative and finite", lambda p: (p >= 0) & np.isfinite(p))
-    return length
+    gain = jnp.asarray(gain, input_powers.dtype)
+    gain = jnp.where((gain > 0) & jnp.isfinite(gain), gain, jnp.nan)
+    return gain, jnp.where((input_powers >= 0) & jnp.isfinite(input_powers), input_powers, jnp.nan)
+
+
+def _root(variance: Array) -> Array:
+    """√v, with the slope 0 at v = 0: infinite, it would make NaN of the derivative in g, which is 0 there."""
+    return jnp.where(variance == 0, 0.0, jnp.sqrt(jnp.where(variance == 0, 1.0, variance)))
 
 
 def _require_gain(gain: float | Float[Array, ""]) -> None:
@@ -181,11 +203,17 @@ def _log_tanh_slope(x: Array) -> Array:
     return 2 * (jnp.log(2.0) - jnp.abs(x) - jnp.log1p(jnp.exp(-2 * jnp.abs(x))))
 
 
+def _normal_quadrature() -> tuple[np.ndarray, np.ndarray]:
+    """Nodes z and weights of the average over z ~ N(0, 1)."""
+    z = np.linspace(-9.0, 9.0, _NODES)
+    weights = np.exp(-(z**2) / 2)
+    return z, weights / weights.sum()
+
+
 def _quadrature(max_bias: float) -> tuple[Array, Array, Array]:
     """Nodes z, joint weights and biases b of the average over z ~ N(0, 1) and b ~ U[0, max_bias]."""
-    z = np.linspace(-9.0, 9.0, _NODES)
-    z_weights = np.exp(-(z**2) / 2)
+    z, z_weights = _normal_quadrature()
     points, b_weights = np.polynomial.legendre.leggauss(_BIAS_NODES)
     biases = max_bias * (points + 1) / 2
-    weights = np.outer(z_weights / z_weights.sum(), b_weights / 2)
+    weights = np.outer(z_weights, b_weights / 2)
     return jnp.asarray(np.repeat(z, _BIAS_NODES)), jnp.asarray(weights.ravel()), jnp.asarray(np.tile(biases, _NODES))

@@ -8,6 +8,9 @@ With A = 1 - |λ|², B = 1 - |λ*|², C = 1 - λλ̄* and d² = |λ - λ*|², so
 Written so, nothing cancels near the minimum.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
@@ -31,16 +34,7 @@ def one_dim_loss(lam: ArrayLike, lam_star: ArrayLike, *, normalized: bool = Fals
     lam, star = _arguments.together(
         lam=_arguments.eigenvalue("lam", lam), lam_star=_arguments.eigenvalue("lam_star", lam_star)
     )
-    a, b = _one_minus_squared_modulus(lam), _one_minus_squared_modulus(star)
-    real_gap, imag_gap = lam.real - star.real, lam.imag - star.imag
-    gap = real_gap**2 + imag_gap**2
-    c = a * b + gap
-    if not normalized:
-        return 0.5 * gap * (a + b - a * b) / (a * b * c)
-    root = jnp.sqrt(a) * jnp.sqrt(b)
-    moduli = real_gap * (lam.real + star.real) + imag_gap * (lam.imag + star.imag)  # |λ|² - |λ*|²
-    roots = moduli / (jnp.sqrt(a) + jnp.sqrt(b))
-    return (gap * (1 - root / 2) - root * roots**2 / 2) / c
+    return _loss(lam, star, normalized)
 
 
 def one_dim_hessian(lam: ArrayLike, *, normalized: bool = False) -> Float[Array, "... 2 2"]:
@@ -55,13 +49,32 @@ def one_dim_hessian(lam: ArrayLike, *, normalized: bool = False) -> Float[Array,
     zero at the minimum. Errors: as `one_dim_loss`.
     """
     lam = _arguments.eigenvalue("lam", lam)
+    return _hessian(lam, normalized)
+
+
+@partial(jax.jit, static_argnums=2)
+def _loss(lam: Array, star: Array, normalized: bool) -> Array:
+    a, b = _one_minus_squared_modulus(lam), _one_minus_squared_modulus(star)
+    real_gap, imag_gap = lam.real - star.real, lam.imag - star.imag
+    gap = real_gap**2 + imag_gap**2
+    c = a * b + gap
+    if not normalized:
+        return 0.5 * gap * (a + b - a * b) / (a * b * c)
+    root = jnp.sqrt(a) * jnp.sqrt(b)
+    moduli = real_gap * (lam.real + star.real) + imag_gap * (lam.imag + star.imag)  # |λ|² - |λ*|²
+    roots = moduli / (jnp.sqrt(a) + jnp.sqrt(b))
+    return (gap * (1 - root / 2) - root * roots**2 / 2) / c
+
+
+@partial(jax.jit, static_argnums=1)
+def _hessian(lam: Array, normalized: bool) -> Array:
     squared, rest = _arguments.squared_modulus(lam), _one_minus_squared_modulus(lam)
     if normalized:
         moduli, phases = 1 / rest**2, squared * (1 + squared) / rest**2
     else:
         moduli = (1 + squared) / rest**3
         phases = squared * moduli
-    zero = jnp.zeros_like(moduli)
+    zero = 0 * moduli  # NaN where the rest is
     return jnp.stack([jnp.stack([moduli, zero], axis=-1), jnp.stack([zero, phases], axis=-1)], axis=-2)
 
 
