@@ -123,10 +123,10 @@ def gain_sensitivity(
       v_{t+1}&=g^2\,\mathbb E\varphi^2+\sigma_w^2|s_t|^2,\qquad
       c_{t+1}=g\,\mathbb E[\varphi\,(\varphi+g\varphi'y)],\\
       w_{t+1}&=\mathbb E(\varphi+g\varphi'y)^2,\qquad
-      Q_{t+1}=\mathbb E\varphi^2+g^2\,\mathbb E\varphi'^2\;Q_t .
+      q_{t+1}=\mathbb E\varphi^2+g^2\,\mathbb E\varphi'^2\;q_t .
     \end{aligned}$$
 
-    $Q_t=\|\partial x_t/\partial J\|_F^2/N^2$. In a linear network $w=v(1+g^2)/(1-g^2)^2$ and $Q=v/(1-g^2)$ in the
+    $q_t=\|\partial x_t/\partial J\|_F^2/N^2$. In a linear network $w=v(1+g^2)/(1-g^2)^2$ and $q=v/(1-g^2)$ in the
     stationary state. `input_powers` holds $\sigma_w^2|s_t|^2$; the state starts at $v_0=\sigma_w^2|s_0|^2$, and knows
     nothing of g. Entry t of each result belongs to $x_t$. Raises `ValueError` as `mean_field`.
     """

@@ -36,7 +36,8 @@ def spectral_moments(
     relative error is of the order of `nodes` |λ|^`nodes`, so |λ| up to 1 - 40/`nodes` is safe. Real or complex λ of any
     shape.
 
-    Raises `ValueError` unless |λ| < 1 and `nodes` >= 1, `TypeError` for what is not a number. A traced |λ| >= 1 gives NaN.
+    Raises `ValueError` unless |λ| < 1 and `nodes` >= 1, `TypeError` for what is not a number. A traced |λ| >= 1
+    gives NaN.
     """
     require_integer("nodes", nodes, minimum=1)
     lam = _arguments.eigenvalue("lam", lam)
