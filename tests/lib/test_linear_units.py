@@ -98,7 +98,7 @@ def test_bad_arguments(arguments, error, message):
 
 def test_growth_needs_a_real_eigenvalue():
     with pytest.raises(TypeError, match="lam must be real, got complex128"):
-        local_growth(0.5j, np.zeros((4, 2)), transient=0)
+        local_growth(0.5j, jnp.zeros((4, 2)), transient=0)
 
 
 def test_traced_eigenvalues_outside_the_disc_give_nan():
