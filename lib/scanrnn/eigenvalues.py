@@ -3,6 +3,7 @@ r"""Parametrisations λ(ω) of the eigenvalues of a linear recurrence, λ = ν e
     Cartesian      λ = a + ib
     Polar          λ = ν e^{iθ}
     Exponential    λ = exp(-e^{ω_ν} + i e^{ω_θ})                     the LRU's (Orvieto et al. 2023)
+    ExponentialModulus   λ = exp(-e^{ω_ν} + iθ)                      the same, with a signed phase
     Optimal        λ = tanh(ω_ν) e^{iθ},  θ = ω_θ (1 - ν²)/(ν √(1 + ν²))   of Zucchet & Orvieto (2024)
 
 Each is a module whose leaves are real; calling it returns λ. `from_eigenvalues` refuses a λ that is not allowed;
@@ -93,6 +94,25 @@ class Exponential(Eigenvalues):
         return cls(jnp.log(-jnp.log(jnp.abs(lam))), jnp.log(theta))
 
 
+class ExponentialModulus(Eigenvalues):
+    r"""$\lambda=\exp(-e^{\omega_\nu}+i\theta)$: the modulus as in `Exponential`, the phase itself, of either sign."""
+
+    omega_nu: Float[Array, "..."]  # ω_ν = log(-log ν)
+    theta: Float[Array, "..."]  # θ, radians
+
+    def __call__(self) -> Complex[Array, "..."]:
+        return _polar(_below_one(jnp.exp(-jnp.exp(self.omega_nu))), self.theta)
+
+    @classmethod
+    def from_eigenvalues(cls, lam: Complex[Array, "..."]) -> "ExponentialModulus":
+        """The module that returns `lam`, with θ in (-π, π].
+
+        Raises `ValueError` unless 0 < |λ| < 1, `TypeError` for what is not floating point.
+        """
+        lam = _nonzero(_eigenvalues(lam))
+        return cls(jnp.log(-jnp.log(jnp.abs(lam))), jnp.angle(lam))
+
+
 class Optimal(Eigenvalues):
     r"""$\lambda=\tanh(\omega_\nu)\,e^{i\theta}$ with $\theta=\omega_\theta\,\frac{1-\nu^2}{\nu\sqrt{1+\nu^2}}$.
 
@@ -133,17 +153,52 @@ def ring(
     for an n that is not an integer. Where the values are traced, the result is NaN instead.
     """
     require_integer("n", n, minimum=1)
+    _require_ring(min_modulus, max_modulus, max_phase)
+    modulus_key, phase_key = jax.random.split(key)
+    u = jax.random.uniform(modulus_key, (n,))
+    nu = jnp.sqrt(min_modulus**2 + u * (max_modulus**2 - min_modulus**2))
+    nu = jnp.where(_is_ring(min_modulus, max_modulus, max_phase), nu, jnp.nan)
+    return _polar(_below_one(nu), jax.random.uniform(phase_key, (n,), minval=-max_phase, maxval=max_phase))
+
+
+def squash_spectrum(
+    matrix: Float[Array, "*batch n n"], *, min_modulus: float, max_modulus: float = 1.0, max_phase: float = np.pi
+) -> Float[Array, "*batch n n"]:
+    r"""The matrix with its eigenvectors kept and its eigenvalues moved into a ring; (..., n, n), real.
+
+    With $M=V\,\mathrm{diag}(l)\,V^{-1}$ it is $\Re[V\,\mathrm{diag}(l')\,V^{-1}]$,
+
+    $$|l'|=\nu_{\min}+(\nu_{\max}-\nu_{\min})\tanh|l|,\qquad \arg l'=\arg l\cdot\frac{\theta_{\max}}\pi .$$
+
+    So linear networks with a given memory are drawn (Zucchet & Orvieto 2024): M Gaussian of variance 1/n. Conjugate pairs
+    stay pairs. A real negative eigenvalue has the phase π, which no conjugate balances: with `max_phase` below π, where
+    taking the real part acts, it becomes $|l'|\cos\theta_{\max}$, of a smaller modulus.
+
+    Raises `ValueError` unless 0 <= min_modulus <= max_modulus <= 1, 0 <= max_phase <= π and the matrices are square;
+    where the values are traced, the result is NaN instead. JAX has eigenvectors on the CPU, and on few GPUs.
+    """
+    _require_ring(min_modulus, max_modulus, max_phase)
+    require_inexact("matrix", matrix)
+    if jnp.ndim(matrix) < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"matrix must be square, (..., n, n), got shape {jnp.shape(matrix)}")
+    lam, vectors = jnp.linalg.eig(matrix)
+    modulus = min_modulus + (max_modulus - min_modulus) * jnp.tanh(jnp.abs(lam))
+    moved = _polar(modulus, jnp.angle(lam) * (max_phase / np.pi))
+    result = jnp.linalg.solve(vectors.mT, (vectors * moved[..., None, :]).mT).mT.real
+    return jnp.where(_is_ring(min_modulus, max_modulus, max_phase), result, jnp.nan)
+
+
+def _require_ring(min_modulus: float, max_modulus: float, max_phase: float) -> None:
     require_values("max_modulus", max_modulus, "between 0 and 1", lambda r: (r >= 0) & (r <= 1))
     if not is_abstract((min_modulus, max_modulus)):
         allowed = f"between 0 and max_modulus = {max_modulus}"
         require_values("min_modulus", min_modulus, allowed, lambda r: (r >= 0) & (r <= max_modulus))
     require_values("max_phase", max_phase, "between 0 and π", lambda t: (t >= 0) & (t <= np.pi))
-    modulus_key, phase_key = jax.random.split(key)
-    u = jax.random.uniform(modulus_key, (n,))
-    nu = jnp.sqrt(min_modulus**2 + u * (max_modulus**2 - min_modulus**2))
+
+
+def _is_ring(min_modulus: ArrayLike, max_modulus: ArrayLike, max_phase: ArrayLike) -> Any:
     ordered = (min_modulus >= 0) & (min_modulus <= max_modulus) & (max_modulus <= 1)
-    nu = jnp.where(ordered & (max_phase >= 0) & (max_phase <= np.pi), nu, jnp.nan)
-    return _polar(_below_one(nu), jax.random.uniform(phase_key, (n,), minval=-max_phase, maxval=max_phase))
+    return ordered & (max_phase >= 0) & (max_phase <= np.pi)
 
 
 def normalizer(lam: ArrayLike, rho: ArrayLike = 0.0) -> Float[Array, "..."]:
@@ -168,6 +223,16 @@ class LearnedNormalizer(eqx.Module):
     def from_eigenvalues(cls, lam: ArrayLike, rho: ArrayLike = 0.0) -> "LearnedNormalizer":
         """The module that starts at `normalizer(lam, rho)`. Errors: as `normalizer`."""
         return cls(jnp.log(normalizer(lam, rho)))
+
+
+class DirectNormalizer(eqx.Module):
+    r"""A normaliser that is a parameter of its own, stored as γ itself, which may become negative: it ignores λ."""
+
+    gamma: Float[Array, "..."]  # γ
+
+    def __call__(self, lam: Complex[Array, "..."]) -> Float[Array, "..."]:
+        """γ, whatever `lam` is now."""
+        return self.gamma
 
 
 def _polar(nu: Array, theta: Array) -> Array:

@@ -2,13 +2,21 @@ r"""Input processes and tasks.
 
 autoregressive:  x_t = ρ x_{t-1} + √(1 - ρ²) ε_t,   ε_t ~ N(0, 1),   so that  E[x_t x_{t+k}] = ρ^|k|
 oscillation:     the same with a complex ρ = r e^{iφ}, its real part,  E[x_t x_{t+k}] = r^|k| cos(φk)
+LinearTeacher:   h_t = A h_{t-1} + B x_t,  y_t = C h_t + D x_t,  x_t ~ N(0, 1),  the eigenvalues of A in a ring
 """
 
+import json
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from . import _resources
 from ._checks import require_finite, require_integer, require_rank, require_values
+from .eigenvalues import squash_spectrum
+from .layers import LinearRNN
 from .recurrence import linear_recurrence
 
 
@@ -57,3 +65,67 @@ def oscillation(
     scaled = (jnp.sqrt(1 - r**2) * noise).at[:, 0].set(noise[:, 0]).reshape(2, length, -1)
     turn = jnp.broadcast_to(jax.lax.complex(r * jnp.cos(phi), r * jnp.sin(phi)), scaled.shape[2:])
     return linear_recurrence(turn, jax.lax.complex(scaled[0], scaled[1])).real.reshape(noise.shape[1:])
+
+
+class LinearTeacher(eqx.Module):
+    r"""A random linear system with one input and one output, for a student to imitate (Zucchet & Orvieto 2024).
+
+    $$h_t=Ah_{t-1}+Bx_t,\qquad y_t=Ch_t+Dx_t,\qquad x_t\sim\mathcal N(0,1)\text{ white},$$
+
+    with n = `d_hidden`; A is Gaussian of variance 1/n, its eigenvalues moved by `scanrnn.eigenvalues.squash_spectrum`;
+    B ~ N(0, 1), C ~ N(0, 1/n), D ~ N(0, 1).
+
+    Raises `ValueError` unless n >= 1, 0 <= min_modulus <= max_modulus <= 1 and 0 <= max_phase <= π; `TypeError` for an
+    n that is not an integer. Where the values are traced, the system is NaN instead.
+    """
+
+    system: LinearRNN
+
+    def __init__(
+        self,
+        d_hidden: int,
+        *,
+        min_modulus: float,
+        max_modulus: float = 1.0,
+        max_phase: float = np.pi,
+        key: PRNGKeyArray,
+    ):
+        require_integer("d_hidden", d_hidden, minimum=1)
+        recurrent_key, input_key, output_key, feedthrough_key = jax.random.split(key, 4)
+        self.system = LinearRNN.from_weights(
+            squash_spectrum(
+                jax.random.normal(recurrent_key, (d_hidden, d_hidden)) / np.sqrt(d_hidden).item(),
+                min_modulus=min_modulus,
+                max_modulus=max_modulus,
+                max_phase=max_phase,
+            ),
+            jax.random.normal(input_key, (d_hidden, 1)),
+            jax.random.normal(output_key, (1, d_hidden)) / np.sqrt(d_hidden).item(),
+            jax.random.normal(feedthrough_key, (1, 1)),
+        )
+
+    @classmethod
+    def released(cls, *, min_modulus: float, max_phase: float = 3.14) -> "LinearTeacher":
+        """The one teacher behind all published runs: the paper's loader ignores its seed (d_hidden = 10).
+
+        `max_phase` is 3.14 there, not π. Errors: as `squash_spectrum`.
+        """
+        draws = json.loads(_resources.find("results/zo24-teacher.json").read_text(encoding="utf-8"))
+        matrix, *rest = (jnp.asarray(draws[name], float) for name in ("A0", "B", "C", "D"))
+        recurrent = squash_spectrum(matrix, min_modulus=min_modulus, max_phase=max_phase)
+        like = cls(len(recurrent), min_modulus=0.0, key=jax.random.key(0))
+        return eqx.tree_at(lambda teacher: teacher.system, like, LinearRNN.from_weights(recurrent, *rest))
+
+    def eigenvalues(self) -> Array:
+        """λ; (n,), complex."""
+        return self.system.eigenvalues()
+
+    def impulse_response(self, length: int) -> Float[Array, "{length} 1 1"]:
+        """κ_k = C A^k B, and D more at k = 0; (length, 1, 1)."""
+        return self.system.impulse_response(length)
+
+    def sample(self, key: PRNGKeyArray, length: int) -> tuple[Float[Array, "time 1"], Float[Array, "time 1"]]:
+        """One sequence of white inputs, and the outputs, from the state zero; each (length, 1)."""
+        require_integer("length", length, minimum=1)
+        inputs = jax.random.normal(key, (length, 1))
+        return inputs, self.system(inputs)

@@ -2,9 +2,11 @@ r"""One compiled training loop: every step of gradient descent inside a single s
 
     l_k = L(p_k),   g_k = ∇L(p_k),   (u_k, s_{k+1}) = optimizer(g_k, s_k, p_k),   p_{k+1} = p_k + u_k
 
-The optimiser's state s_k travels with the parameters p_k from step to step.
+The optimiser's state s_k travels with the parameters p_k from step to step. `descend` keeps every p_k, for few
+parameters; `train` keeps what it is told to, draws a sample at each step if the loss wants one, and shows a bar.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,16 +14,18 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from tqdm.auto import tqdm
 
 from ._checks import is_abstract, require_finite, require_integer
 
 
 class History(NamedTuple):
-    """What happened at each step k = 0 ... steps - 1.
+    """What happened at each step k = 0 ... steps - 1 of `descend`.
 
     - `loss`: $L(p_k)$, before the step is taken; (steps,)
     - `parameters`: the floating-point arrays $p_k$, with a leading axis of that length; `None` for all other leaves
@@ -34,13 +38,26 @@ class History(NamedTuple):
     steps_taken: Int[Array, ""]
 
 
+class Record(NamedTuple):
+    """What happened in `train`.
+
+    - `loss`: $L(p_k)$, before step k is taken; (steps,)
+    - `observed`: what `observe` returned before the steps 0, `every`, 2 `every` ..., along a leading axis; or `None`
+    - `steps_taken`: as `History.steps_taken`
+    """
+
+    loss: Float[Array, " steps"]
+    observed: PyTree
+    steps_taken: Int[Array, ""]
+
+
 def descend(
     loss: Callable[[Any], Float[Array, ""]],
     parameters: PyTree,
     optimizer: optax.GradientTransformation,
     steps: int,
 ) -> tuple[PyTree, History]:
-    r"""`steps` steps of an Optax optimiser down `loss(parameters)`, the same loss at each step.
+    r"""`steps` steps of an Optax optimiser down `loss(parameters)`, the same loss at each step, every p_k kept.
 
     **Returns** the parameters after the last step, and the `History`. Everything runs in one compiled scan; it can be
     batched over `parameters` with `jax.vmap`. The floating-point arrays of the pytree `parameters` are trained, all
@@ -55,51 +72,121 @@ def descend(
     second moment for both) or a loss that is not real; `ValueError` for `steps` below 1, parameters without a
     floating-point array, parameters that are not finite, or a loss that is not a scalar.
     """
-    require_integer("steps", steps, minimum=1)
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(f"optimizer must have init and update, as Optax's have, got {optimizer!r}")
-    _check_parameters(parameters)
-    _check_loss(loss, parameters)
-    trained, history = _descend(loss, parameters, optimizer, steps)
-    if not is_abstract(history.steps_taken) and history.steps_taken < steps:
-        k = int(history.steps_taken)
-        kind = "gradient" if np.isfinite(history.loss[k]) else "loss"
-        warnings.warn(
-            f"descend stopped at step {k} of {steps}, where the {kind} was not finite (loss {history.loss[k]})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return trained, history
+    _check(loss, parameters, optimizer, steps)
+    trained, _, record = _train(loss, parameters, optimizer, steps, None, _parameters, 1, None)
+    _warn("descend", steps, record)
+    return trained, History(record.loss, record.observed, record.steps_taken)
+
+
+def train(
+    loss: Callable[..., Float[Array, ""]],
+    parameters: PyTree,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    *,
+    key: PRNGKeyArray | None = None,
+    observe: Callable[[Any, Any, Any], PyTree] | None = None,
+    every: int = 1,
+    progress: bool = False,
+) -> tuple[PyTree, PyTree, Record]:
+    r"""`steps` steps of an Optax optimiser down `loss(parameters)`, or `loss(parameters, key)` with a fresh key a step.
+
+    **Arguments:** `key`, for a loss that draws its own sample: step k calls it with `jax.random.fold_in(key, k)`;
+    `observe(parameters, optimizer_state, k)`, called before step k for every `every`-th k; `progress`, to show a bar (of one
+    training, not of a batch of them; see `scanrnn.sweep` for that). A schedule belongs into the optimiser.
+
+    **Returns** the parameters and the optimiser's state after the last step, and the `Record`.
+
+    Otherwise as `descend`: one compiled scan, batched with `jax.vmap`, and it **stops** at the first loss or gradient
+    that is not finite.
+
+    **Raises** as `descend`, and `ValueError` unless `every` divides `steps`.
+    """
+    arguments = () if key is None else (key,)
+    _check(loss, parameters, optimizer, steps, *arguments)
+    require_integer("every", every, minimum=1)
+    if steps % every:
+        raise ValueError(f"every must divide steps = {steps}, got {every}")
+    if not progress:
+        result = _train(loss, parameters, optimizer, steps, key, observe, every, None)
+    else:
+        with tqdm(total=steps, unit="step") as bar:
+            number = next(_numbers)
+            _bars[number] = bar
+            try:
+                result = jax.block_until_ready(
+                    _train(loss, parameters, optimizer, steps, key, observe, every, jnp.asarray(number))
+                )
+                jax.effects_barrier()
+            finally:
+                del _bars[number]
+    _warn("train", steps, result[2])
+    return result
 
 
 @eqx.filter_jit  # without it, each eager call would compile anew
-def _descend(loss: Callable, parameters: PyTree, optimizer: Any, steps: int) -> tuple[PyTree, History]:
+def _train(
+    loss: Callable,
+    parameters: PyTree,
+    optimizer: Any,
+    steps: int,
+    key: PRNGKeyArray | None,
+    observe: Callable | None,
+    every: int,
+    bar: Array | None,
+) -> tuple[PyTree, PyTree, Record]:
     trained, rest = eqx.partition(parameters, eqx.is_inexact_array)
 
-    def value(trained: PyTree) -> Array:
-        return loss(eqx.combine(trained, rest))
+    def value(trained: PyTree, k: Array) -> Array:
+        whole = eqx.combine(trained, rest)
+        return loss(whole) if key is None else loss(whole, jr.fold_in(key, k))
 
-    def step(carry: Any, _: None) -> tuple[Any, Any]:
+    def step(carry: Any, k: Array) -> tuple[Any, Any]:
         trained, state, running, taken = carry
-        loss_now, gradient = jax.value_and_grad(value)(trained)
+        loss_now, gradient = jax.value_and_grad(value)(trained, k)
         running &= _all_finite((loss_now, gradient))
         updates, new_state = optimizer.update(gradient, state, trained)
         new = eqx.apply_updates(trained, updates), new_state
         new = jax.tree.map(lambda new, old: jnp.where(running, jnp.asarray(new, old.dtype), old), new, (trained, state))
-        return (*new, running, taken + running), (loss_now, trained)
+        return (*new, running, taken + running), loss_now
+
+    def stretch(carry: Any, first: Array) -> tuple[Any, Any]:
+        observed = None if observe is None else observe(eqx.combine(carry[0], rest), carry[1], first)
+        carry, losses = lax.scan(step, carry, first + jnp.arange(every))
+        if bar is not None:
+            jax.debug.callback(_show, bar, first + every, losses[-1])
+        return carry, (losses, observed)
 
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes the dtypes of rates and parameters
         state = jax.tree.map(jnp.asarray, optimizer.init(trained))
         start = trained, state, jnp.array(True), jnp.array(0)
-        (trained, _, _, taken), (losses, visited) = lax.scan(step, start, length=steps)
-    return eqx.combine(trained, rest), History(losses, visited, taken)
+        (trained, state, _, taken), (losses, observed) = lax.scan(stretch, start, jnp.arange(0, steps, every))
+    return eqx.combine(trained, rest), state, Record(losses.ravel(), observed, taken)
+
+
+_bars: dict[int, tqdm] = {}  # a compiled loop finds its bar by its number, so that it need not be compiled for each
+_numbers = itertools.count()
+
+
+def _show(number: Any, step: Any, loss: Any) -> None:
+    bar = _bars.get(int(number))
+    if bar is not None:
+        bar.set_postfix_str(f"loss {float(loss):.3g}", refresh=False)
+        bar.update(int(step) - bar.n)
+
+
+def _parameters(parameters: PyTree, *_: Any) -> PyTree:
+    return eqx.filter(parameters, eqx.is_inexact_array)
 
 
 def _all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _check_parameters(parameters: PyTree) -> None:
+def _check(loss: Callable, parameters: PyTree, optimizer: Any, steps: int, *arguments: Any) -> None:
+    require_integer("steps", steps, minimum=1)
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise TypeError(f"optimizer must have init and update, as Optax's have, got {optimizer!r}")
     trained = [leaf for leaf in jax.tree.leaves(parameters) if eqx.is_inexact_array(leaf)]
     if not trained:
         raise ValueError(f"parameters must hold a floating-point array, got {eqx.tree_pformat(parameters)}")
@@ -107,13 +194,21 @@ def _check_parameters(parameters: PyTree) -> None:
         if jnp.iscomplexobj(leaf):
             raise TypeError(f"parameters must be real (hold real and imaginary part apart), got {leaf.dtype}")
     require_finite("parameters", trained)
-
-
-def _check_loss(loss: Callable, parameters: PyTree) -> None:
     with jax.numpy_dtype_promotion("standard"):
-        value = eqx.filter_eval_shape(loss, parameters)
+        value = eqx.filter_eval_shape(loss, parameters, *arguments)
     shape, dtype = np.shape(value), jnp.result_type(value)
     if shape != ():
         raise ValueError(f"loss must return a scalar, got shape {shape}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"loss must return a real floating-point number, got {dtype}")
+
+
+def _warn(name: str, steps: int, record: Record) -> None:
+    if not is_abstract(record.steps_taken) and record.steps_taken < steps:
+        k = int(record.steps_taken)
+        kind = "gradient" if np.isfinite(record.loss[k]) else "loss"
+        warnings.warn(
+            f"{name} stopped at step {k} of {steps}, where the {kind} was not finite (loss {record.loss[k]})",
+            RuntimeWarning,
+            stacklevel=3,
+        )

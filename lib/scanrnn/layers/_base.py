@@ -61,6 +61,23 @@ def as_inputs(inputs: Any, weight: Array) -> Float[Array, "time input"]:
     return inputs.astype(weight.dtype)
 
 
+def kernel_from_factors(
+    second: Float[Array, "strides output hidden"],
+    first: Float[Array, "hidden stride input"],
+    feedthrough: Float[Array, "output input"],
+    length: int,
+) -> Float[Array, "{length} output input"]:
+    r"""$\kappa_{sa+b}=$ second_a · first_b (stride s), the feedthrough added at time 0; by one real product.
+
+    All `length` matrices $CA^kB$ from few: $C(A^s)^a$ for each a and $A^bB$ for b < s.
+    """
+    strides, d_out, hidden = second.shape
+    _, stride, d_in = first.shape
+    product = second.reshape(strides * d_out, hidden) @ first.reshape(hidden, stride * d_in)
+    kernel = jnp.moveaxis(product.reshape(strides, d_out, stride, d_in), 2, 1).reshape(-1, d_out, d_in)
+    return kernel[:length].at[0].add(feedthrough)
+
+
 def require_sizes(**sizes: int) -> None:
     """Raise unless every size is an integer of at least 1."""
     for name, size in sizes.items():

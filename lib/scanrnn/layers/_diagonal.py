@@ -10,10 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from .._checks import require_inexact, require_values
+from .._checks import require_inexact, require_integer, require_values
 from ..eigenvalues import Eigenvalues, Exponential, LearnedNormalizer, ring
 from ..recurrence import linear_recurrence
-from ._base import LinearLayer, apply_complex, as_inputs, real_part, require_sizes, scaled_normal
+from ._base import (
+    LinearLayer,
+    apply_complex,
+    as_inputs,
+    kernel_from_factors,
+    real_part,
+    require_sizes,
+    scaled_normal,
+)
 
 Normalization = Callable[[Array], Array]
 
@@ -71,6 +79,24 @@ class _Diagonal(LinearLayer):
         """y; (T, d_out)."""
         inputs = as_inputs(inputs, self.feedthrough)
         return real_part(self.output_real, self.output_imag, self.states(inputs)) + inputs @ self.feedthrough.T
+
+    def impulse_response(self, length: int) -> Float[Array, "{length} output input"]:
+        r"""$\kappa_k=\Re(C\lambda^k\gamma B)$, and D more at k = 0; (length, d_out, d_in). Errors: as every linear layer's.
+
+        Not by running the layer: 16 powers of λ act on B, and powers of $\lambda^{16}$ on C.
+        """
+        require_integer("length", length, minimum=1)
+        lam, weight = self.eigenvalues(), self._input_matrix()
+        powers = _powers(lam, _STRIDE)
+        strides = _powers(powers[-1] * lam, -(-length // _STRIDE))
+        first = jnp.moveaxis(powers[:, :, None] * weight[None], 0, 1)  # (d_hidden, stride, d_in)
+        second = strides[:, None] * jax.lax.complex(self.output_real, self.output_imag)[None]
+        return kernel_from_factors(
+            jnp.concatenate([second.real, -second.imag], axis=2),  # Re(zw) as a product of real matrices
+            jnp.concatenate([first.real, first.imag], axis=0),
+            self.feedthrough,
+            length,
+        )
 
     def _input_matrix(self) -> Complex[Array, "hidden input"]:
         """diag(γ) B."""
@@ -137,6 +163,18 @@ class LRU(_Diagonal):
         lam = ring(eigenvalues_key, d_hidden, min_modulus=min_modulus, max_modulus=max_modulus, max_phase=max_phase)
         eigenvalues, normalization = Exponential.from_eigenvalues(lam), LearnedNormalizer.from_eigenvalues(lam)
         super().__init__(d_in, d_hidden, d_out, eigenvalues=eigenvalues, normalization=normalization, key=weights_key)
+
+
+_STRIDE = 16  # of the powers of λ in the impulse response
+
+
+def _powers(lam: Complex[Array, " hidden"], count: int) -> Complex[Array, "{count} hidden"]:
+    """λ^k for k < count, by doubling."""
+    powers, factor = jnp.ones_like(lam)[None], lam
+    while len(powers) < count:
+        powers = jnp.concatenate([powers, powers * factor[None]])
+        factor = factor * factor
+    return powers[:count]
 
 
 def _check_eigenvalues(eigenvalues: Eigenvalues, d_hidden: int) -> None:

@@ -9,6 +9,9 @@ same input overlap,
 
 Linear teacher and student in one dimension, white input:  L = ½ E|h - h*|² for h with λ and h* with λ*.
 
+Linear teacher and student of any size, from their impulse responses, white input, T steps from the state zero:
+L = ½ Σ_k (1 - k/T) |Δκ_k|².
+
 Random networks: exponents of products of Gaussian matrices, and the mean-field theory of a vanilla network.
 """
 
@@ -20,6 +23,7 @@ from ._linear import (
     state_overlap,
     state_variance,
 )
+from ._population import finite_hessian_overlap, population_loss, sampled_loss
 from ._random_networks import (
     GainSensitivity,
     MeanField,
@@ -36,6 +40,7 @@ __all__ = [
     "GainSensitivity",
     "MeanField",
     "SpectralMoments",
+    "finite_hessian_overlap",
     "gain_sensitivity",
     "gaussian_log_determinant",
     "gaussian_product_exponents",
@@ -44,8 +49,10 @@ __all__ = [
     "mean_field",
     "one_dim_hessian",
     "one_dim_loss",
+    "population_loss",
     "power_spectrum",
     "reparametrized_sensitivity",
+    "sampled_loss",
     "sensitivity_variance",
     "spectral_moments",
     "state_overlap",

@@ -1,0 +1,213 @@
+r"""Linear system identification: students of seven kinds imitate a linear teacher, as Zucchet & Orvieto (2024) do.
+
+    L(student) = ½ Σ_{k<T} (1 - k/T) |κ_student(k) - κ_teacher(k)|²
+
+which is the loss expected of sequences of T white inputs, exactly (`theory.population_loss`); or, with `batch`, the
+loss of sequences drawn afresh at every step, as the paper's runs have it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from . import curvature, theory
+from .eigenvalues import Cartesian, DirectNormalizer, ExponentialModulus, LearnedNormalizer, normalizer, ring
+from .layers import LRU, DiagonalRNN, LinearRNN
+from .layers._base import LinearLayer
+from .tasks import LinearTeacher
+from .training import train
+
+Student = Callable[..., LinearLayer]  # student(min_modulus=..., max_phase=..., key=...)
+
+WIDTH = 64  # of the paper's students
+LENGTH = 300  # of its sequences
+
+
+# Students ------------------------------------------------------------------------------------------------------------
+
+
+def rnn(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray, blocks: int = 1, width: int = WIDTH):
+    """The dense network, or one of equal blocks. As in the paper its moduli start from 0, whatever `min_modulus`."""
+    return LinearRNN(1, width, 1, blocks=blocks, max_phase=max_phase, key=key)
+
+
+def block_diagonal(**start: Any) -> LinearRNN:
+    """64 real units in 32 blocks of two."""
+    return rnn(**start, blocks=WIDTH // 2)
+
+
+def block_diagonal_wide(**start: Any) -> LinearRNN:
+    """128 real units in 64 blocks of two, as many eigenvalues as `complex_diagonal` has."""
+    return rnn(**start, blocks=WIDTH, width=2 * WIDTH)
+
+
+def dense_from_blocks(**start: Any) -> LinearRNN:
+    """The dense network that starts as `block_diagonal`: the zeros between the blocks are parameters."""
+    blocks = block_diagonal(**start)
+    return LinearRNN.from_weights(blocks.matrix(), blocks.input_weight, blocks.output_weight, blocks.feedthrough)
+
+
+def complex_diagonal(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+    """λ = a + ib, γ = 1: the paper's complex diagonal network."""
+    lam, key = _ring(key, min_modulus, max_phase)
+    return DiagonalRNN(1, WIDTH, 1, eigenvalues=Cartesian.from_eigenvalues(lam), key=key)
+
+
+def complex_gamma(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+    """λ = a + ib, and γ a parameter that starts at √(1 - |λ|²)."""
+    lam, key = _ring(key, min_modulus, max_phase)
+    return DiagonalRNN(
+        1,
+        WIDTH,
+        1,
+        eigenvalues=Cartesian.from_eigenvalues(lam),
+        normalization=DirectNormalizer(normalizer(lam)),
+        key=key,
+    )
+
+
+def complex_gamma_released(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+    """`complex_gamma` as released: γ starts at √(1 - (Re λ)²), since a + ib is taken for modulus and phase there."""
+    lam, key = _ring(key, min_modulus, max_phase)
+    gamma = DirectNormalizer(normalizer(lam.real))
+    return DiagonalRNN(
+        1, WIDTH, 1, eigenvalues=Cartesian.from_eigenvalues(lam), normalization=gamma, key=key
+    )
+
+
+def lru(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> LRU:
+    """λ = exp(-e^ω_ν + i e^ω_θ), its phase counted from 0 to 2π, and γ = e^ω_γ."""
+    return LRU(1, WIDTH, 1, min_modulus=min_modulus, max_modulus=1.0, max_phase=max_phase, key=key)
+
+
+def lru_signed_phase(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+    """λ = exp(-e^ω_ν + iθ) with the phase itself as parameter, of either sign, and γ = e^ω_γ."""
+    lam, key = _ring(key, min_modulus, max_phase)
+    return DiagonalRNN(
+        1,
+        WIDTH,
+        1,
+        eigenvalues=ExponentialModulus.from_eigenvalues(lam),
+        normalization=LearnedNormalizer.from_eigenvalues(lam),
+        key=key,
+    )
+
+
+def _ring(key: PRNGKeyArray, min_modulus: ArrayLike, max_phase: ArrayLike) -> tuple[Array, PRNGKeyArray]:
+    eigenvalues_key, weights_key = jr.split(key)
+    return ring(eigenvalues_key, WIDTH, min_modulus=min_modulus, max_modulus=1.0, max_phase=max_phase), weights_key
+
+
+# Teachers ------------------------------------------------------------------------------------------------------------
+
+
+def authors(*, min_modulus: ArrayLike, max_phase: ArrayLike, seed: ArrayLike) -> LinearTeacher:
+    """The released teacher, whatever the seed."""
+    return LinearTeacher.released(min_modulus=min_modulus, max_phase=max_phase)
+
+
+def fresh(*, min_modulus: ArrayLike, max_phase: ArrayLike, seed: ArrayLike) -> LinearTeacher:
+    """A teacher of its own for each seed, drawn from the law of the released one (10 units)."""
+    return LinearTeacher(10, min_modulus=min_modulus, max_phase=max_phase, key=jr.key(seed))
+
+
+# The experiment ------------------------------------------------------------------------------------------------------
+
+
+def identify(
+    point: dict[str, Any],
+    *,
+    student: Student,
+    teacher: Callable[..., LinearTeacher],
+    steps: int = 10_000,
+    length: int = LENGTH,
+    batch: int | None = None,
+    optimizer: Callable[..., optax.GradientTransformation] = optax.adam,
+    observe: Callable[[Any, Any, Any, Any], Any] | None = None,
+    every: int = 100,
+) -> dict[str, Array]:
+    r"""One run at one point of a grid, for `scanrnn.sweep.sweep`.
+
+    **Arguments:** `point` with the numbers `nu0` (least modulus of the teacher's eigenvalues, and of the student's first
+    ones), `max_phase` (the same for phases), `learning_rate`, `seed` (of the student) and `teacher_seed`; `student` and
+    `teacher`, functions of this module; `optimizer`, a function of a learning-rate schedule; `batch`, how many
+    sequences to draw at each step, or None for their expectation; `observe(student, optimizer_state, optimizer,
+    learning_rate)`, called before every `every`-th step. The rate falls from `learning_rate` to $10^{-7}$ along a cosine.
+
+    **Returns** the columns
+
+    - `final_loss`: mean of the last `every` losses; NaN if the run diverged
+    - `diverged`: whether a loss or a gradient was not finite
+    - `zero_loss`: the loss of predicting 0
+    - `exact_loss`: the expected loss of the student at the end
+    - `negative_eigenvalues`: how many eigenvalues of the teacher are real and negative
+    - `curve`: mean loss of every `every` steps, (steps / every,)
+    - the columns that `observe` returns, (steps / every,) each; entry e is from before step e · `every`.
+    """
+    where = {"min_modulus": point["nu0"], "max_phase": point["max_phase"]}
+    system = teacher(**where, seed=point["teacher_seed"])
+    target = system.impulse_response(length)
+    student_key, data_key = jr.split(jr.key(point["seed"]))
+    start = student(**where, key=student_key)
+
+    def exact(layer: LinearLayer) -> Float[Array, ""]:
+        return theory.population_loss(layer.impulse_response(length), target)
+
+    def sampled(layer: LinearLayer, key: PRNGKeyArray) -> Float[Array, ""]:
+        kernel, inputs = layer.impulse_response(length), jr.normal(key, (batch, length, 1))
+        return jnp.mean(jax.vmap(theory.sampled_loss, (None, None, 0))(kernel, target, inputs))
+
+    rate = point["learning_rate"]
+    schedule = optax.cosine_decay_schedule(1.0, steps)
+    rate_at = lambda k: 1e-7 + (rate - 1e-7) * schedule(k)  # noqa: E731
+    chosen = optimizer(rate_at)
+    trained, _, record = train(
+        exact if batch is None else sampled,
+        start,
+        chosen,
+        steps,
+        key=None if batch is None else data_key,
+        observe=None if observe is None else lambda layer, state, k: observe(layer, state, chosen, rate_at(k)),
+        every=every,
+    )
+    curve = jnp.mean(record.loss.reshape(-1, every), axis=1)
+    diverged = record.steps_taken < steps
+    columns = {
+        "final_loss": jnp.where(diverged, jnp.nan, curve[-1]),
+        "diverged": diverged,
+        "zero_loss": theory.population_loss(jnp.zeros_like(target), target),
+        "exact_loss": exact(trained),
+        "negative_eigenvalues": _real_negative(system.eigenvalues()),
+        "curve": curve,
+    }
+    return columns if observe is None else columns | record.observed
+
+
+def _real_negative(lam: Array) -> Array:
+    return jnp.sum((jnp.abs(lam.imag) < 1e-6) & (lam.real < 0))
+
+
+OBSERVED = ("released_rate", "negative", "rate")
+
+
+def rates_of_recurrent_weights(layer: LinearRNN, state: Any, optimizer: Any, learning_rate: Array) -> dict[str, Array]:
+    r"""To observe in `identify`: mean effective learning rates of A, over its stored entries.
+
+    - `released_rate`: $10^{\langle\log_{10}(\max(r,0)+10^{-8})\rangle}$ of r = `curvature.released_effective_learning_rate`
+    - `negative`: the share of entries with r <= 0, which the paper's figures leave out or count as $10^{-8}$
+    - `rate`: the geometric mean of `curvature.effective_learning_rate`
+    """
+    released = curvature.released_effective_learning_rate(optimizer, state).recurrent
+    clean = curvature.effective_learning_rate(state, learning_rate).recurrent
+    return {
+        "released_rate": 10 ** jnp.mean(jnp.log10(jnp.maximum(released, 0) + 1e-8)),
+        "negative": jnp.mean(released <= 0),
+        "rate": 10 ** jnp.mean(jnp.log10(clean)),
+    }

@@ -1,0 +1,244 @@
+"""The paper-scale sweeps: `python -m tools.paper FIGURE TEACHER` makes the rows of one kind of teacher.
+
+`make paper` runs them all, `make paper FIGURE=zo24-fig3a TEACHER=authors` one. Each runs in a pool of single-threaded
+processes, one for each core, keeps finished chunks under `_build/sweeps`, and goes on there when called again. When it is
+done it writes its rows into `book/results/<figure>.csv`, those of other teachers untouched, and what produced them into
+`<figure>.json`.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optax
+
+from scanrnn import identification, results
+from scanrnn.sweep import grid, sweep
+
+RESULTS = Path("book/results")
+STORE = Path("_build/sweeps")
+CHUNK = 40  # runs, at most
+# One process a core, with one thread each: the products are too small to be shared between threads.
+WORKERS = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+
+MODULI = (0.36, 0.68, 0.84, 0.92, 0.96, 0.98, 0.99)
+PHASES = (3.14, 0.993, 0.314, 0.0993, 0.0314)
+RNN_RATES = (3.2e-3, 1e-3, 3.2e-4, 1e-4, 3.2e-5)
+LRU_RATES = (0.32, 0.1, 0.032, 0.01, 0.0032)
+BLOCK_RATES = (0.01, 0.0032, 0.001, 3.2e-4)
+DIAGONAL_RATES = (0.1, 0.032, 0.01, 0.0032, 0.001, 3.2e-4, 1e-4)
+HEAD_RATES = (0.032, 0.01, 0.0032, 0.001, 1e-4)
+SGD_RATES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A kind of teacher: how it is made, and the pairs (teacher_seed, seed of the student) to run."""
+
+    make: Callable
+    seeds: tuple[tuple[int, int], ...]
+
+
+TEACHERS = {
+    "authors": Teacher(identification.authors, tuple((42, seed) for seed in range(2023, 2033))),  # the paper's seeds
+    "fresh": Teacher(identification.fresh, tuple((seed, seed) for seed in range(20))),
+    # The first ten without a real negative eigenvalue, which a sweep over phases would shorten (one in eight has none).
+    "conjugate": Teacher(identification.fresh, tuple((s, s) for s in (1, 6, 7, 16, 35, 57, 60, 62, 63, 72))),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one kind of student: all that is not a number is the same in them."""
+
+    student: str  # as the table has it
+    make: identification.Student
+    rates: tuple[float, ...]
+    moduli: tuple[float, ...] = (0.99,)
+    phases: tuple[float, ...] = (3.14,)
+    columns: dict[str, Any] = field(default_factory=dict)  # the same in all rows
+    options: dict[str, Any] = field(default_factory=dict)  # of `identify`
+    observed: tuple[int, ...] = ()  # epochs whose observations the table keeps
+    few: bool = False  # three seeds do
+
+
+def _heads(count: int) -> Group:
+    return Group(
+        "rnn" if count == 1 else "block_diagonal",
+        partial(identification.rnn, blocks=count),
+        HEAD_RATES,
+        columns={"heads": count},
+        options={"observe": identification.rates_of_recurrent_weights},
+        observed=(0, 10, 25, 50, 98),
+    )
+
+
+def _controls(student: str, make: identification.Student, rates: tuple[float, ...]) -> tuple[Group, ...]:
+    adam, sgd = {"optimizer": "adam"}, {"optimizer": "sgd"}
+    return (
+        Group(student, make, rates, columns=adam | {"batch": 128}, options={"batch": 128}, few=True),
+        Group(student, make, SGD_RATES, columns=sgd | {"batch": 0}, options={"optimizer": optax.sgd}),
+    )
+
+
+FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
+    "zo24-fig3a": (
+        (
+            Group("rnn", identification.rnn, RNN_RATES, MODULI),
+            Group("lru", identification.lru, LRU_RATES, MODULI),
+        ),
+        ("authors", "fresh"),
+    ),
+    "zo24-fig3b": (
+        (
+            Group("rnn", identification.rnn, RNN_RATES),
+            Group("rnn_from_blocks", identification.dense_from_blocks, (*BLOCK_RATES[:-1], *RNN_RATES[2:])),
+            Group("block_diagonal", identification.block_diagonal, BLOCK_RATES),
+            Group("block_diagonal_wide", identification.block_diagonal_wide, BLOCK_RATES),
+            Group("complex", identification.complex_diagonal, DIAGONAL_RATES),
+            Group("complex_gamma", identification.complex_gamma, DIAGONAL_RATES),
+            Group("complex_gamma_released", identification.complex_gamma_released, DIAGONAL_RATES),
+            Group("lru", identification.lru, DIAGONAL_RATES),
+        ),
+        ("authors", "fresh"),
+    ),
+    "zo24-fig10b": (
+        (
+            Group("rnn", identification.rnn, RNN_RATES[1:], phases=PHASES),
+            Group("complex", identification.complex_diagonal, BLOCK_RATES, phases=PHASES),
+            Group("lru", identification.lru, (1.0, 0.32, *DIAGONAL_RATES[:-1]), phases=PHASES),
+            Group("lru_signed", identification.lru_signed_phase, (1.0, 0.32, *DIAGONAL_RATES[:-1]), phases=PHASES),
+        ),
+        ("authors", "fresh", "conjugate"),
+    ),
+    "zo24-fig11": (tuple(_heads(count) for count in (1, 2, 4, 8, 16, 32)), ("authors", "fresh")),
+    "zo24-controls": (
+        (
+            *_controls("rnn", identification.rnn, RNN_RATES),
+            *_controls("lru", identification.lru, LRU_RATES),
+        ),
+        ("authors", "fresh"),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="The paper-scale sweeps, resumable; see tools/paper.py.")
+    parser.add_argument("figure", nargs="?", choices=FIGURES, help="one figure; without it, all")
+    parser.add_argument("teacher", nargs="?", choices=TEACHERS, help="one kind of teacher; without it, all")
+    parser.add_argument("--steps", type=int, default=10_000, help="of training (fewer only to try it out)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--store", type=Path, default=STORE, help="folder of the finished chunks")
+    options = parser.parse_args(arguments)
+    chosen = [options.figure] if options.figure else list(FIGURES)
+    os.environ.update(WORKERS)  # read by the workers when they start JAX
+    for figure in chosen:
+        for teacher in FIGURES[figure][1]:
+            if options.teacher in (None, teacher):
+                run_figure(figure, teacher, options.steps, options.results, options.store)
+
+
+def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path) -> None:
+    """All runs of `figure` with one kind of teacher, into its table."""
+    start, parts = time.perf_counter(), []
+    cores = os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as executor:
+        for group in FIGURES[figure][0]:
+            print(f"{figure}, {teacher}: {group.student} {group.columns or ''}", flush=True)
+            parts.append(_run_group(group, teacher, steps, store, executor, cores))
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    about = {
+        "command": f"python -m tools.paper {figure} {teacher}" + (f" --steps {steps}" if steps != 10_000 else ""),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": f"{_processor()}, {cores} cores",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "equinox", "optax")},
+        "seeds": [list(pair) for pair in TEACHERS[teacher].seeds],
+        "steps": steps,
+        "runs": len(rows["seed"]),
+        "diverged": int(np.sum(rows["diverged"])),
+        "seconds": round(time.perf_counter() - start),  # of this call; finished chunks that it found cost nothing
+    }
+    _merge(folder, figure, teacher, rows, about)
+    print(f"{figure}, {teacher}: {about['runs']} runs in {about['seconds']} s, {about['diverged']} diverged", flush=True)
+
+
+def _run_group(
+    group: Group, teacher: str, steps: int, store: Path, executor: concurrent.futures.Executor, cores: int
+) -> dict[str, np.ndarray]:
+    kind = TEACHERS[teacher]
+    seeds = [{"teacher_seed": t, "seed": s} for t, s in (kind.seeds[:3] if group.few else kind.seeds)]
+    cells = grid(nu0=group.moduli, max_phase=group.phases, learning_rate=group.rates)
+    points = [cell | pair for cell in cells for pair in seeds]
+    run = partial(
+        identification.identify, student=group.make, teacher=kind.make, steps=steps, every=steps // 100, **group.options
+    )
+    chunk = math.ceil(len(points) / (cores * math.ceil(len(points) / (cores * CHUNK))))  # the same for every core
+    columns = sweep(run, points, chunk=chunk, store=store, executor=executor, progress=True)
+    count = len(points)
+    texts = {"student": np.full(count, group.student), "teacher": np.full(count, teacher)}
+    fixed = {name: np.full(count, value) for name, value in group.columns.items()}
+    wanted = ("teacher_seed", "nu0", "max_phase", "learning_rate", "seed")
+    measured = ("final_loss", "diverged", "zero_loss", "exact_loss", "negative_eigenvalues")
+    table = texts | {name: columns[name] for name in wanted} | fixed | {name: columns[name] for name in measured}
+    for epoch in group.observed:  # an observation is made before a stretch of steps, so that of epoch e is the next
+        for name in identification.OBSERVED:
+            table[f"{name}_{epoch}"] = columns[name][:, epoch + 1]
+    return table
+
+
+def _merge(folder: Path, figure: str, teacher: str, rows: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    """Put `rows` in the place of the old ones of that kind of teacher; the order of the kinds is fixed."""
+    table_path, about_path = folder / f"{figure}.csv", folder / f"{figure}.json"
+    parts, abouts = {teacher: rows}, {teacher: about}
+    if table_path.is_file() and about_path.is_file():
+        table, known = results.read(table_path), json.loads(about_path.read_text(encoding="utf-8"))
+        for kind in FIGURES[figure][1]:
+            if kind != teacher and kind in known:
+                parts[kind], abouts[kind] = results.select(table, teacher=kind), known[kind]
+    order = [kind for kind in FIGURES[figure][1] if kind in parts]
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write(table_path, {name: np.concatenate([parts[kind][name] for kind in order]) for name in rows})
+    text = json.dumps({kind: abouts[kind] for kind in order}, indent=1)
+    about_path.write_text(text + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    """The commit of the sources, marked if they are not what it holds."""
+    git = ["git", "-c", "safe.directory=*"]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        command = [*git, "status", "--porcelain", "--untracked-files=no", "--", "lib", "tools"]
+        changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + (" with uncommitted changes" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
