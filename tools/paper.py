@@ -1,9 +1,9 @@
 """The paper-scale sweeps: `python -m tools.paper FIGURE TEACHER` makes the rows of one kind of teacher.
 
 `make paper` runs them all, `make paper FIGURE=zo24-fig3a TEACHER=authors` one. Each runs in a pool of single-threaded
-processes, one for each core, keeps finished chunks under `_build/sweeps`, and goes on there when called again. When it is
-done it writes its rows into `book/results/<figure>.csv`, those of other teachers untouched, and what produced them into
-`<figure>.json`.
+processes, one for each core, keeps finished chunks under `_build/sweeps`, and goes on there when called again. When
+it is done it writes its rows into `book/results/<figure>.csv`, those of other teachers untouched, and what produced
+them into `<figure>.json`.
 """
 
 import argparse
@@ -177,7 +177,9 @@ def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path)
         "seconds": round(time.perf_counter() - start),  # of this call; finished chunks that it found cost nothing
     }
     _merge(folder, figure, teacher, rows, about)
-    print(f"{figure}, {teacher}: {about['runs']} runs in {about['seconds']} s, {about['diverged']} diverged", flush=True)
+    print(
+        f"{figure}, {teacher}: {about['runs']} runs in {about['seconds']} s, {about['diverged']} diverged", flush=True
+    )
 
 
 def _run_group(

@@ -1,6 +1,6 @@
 r"""Hessians of small networks, how concentrated their eigenvectors are, and what an adaptive optimiser makes of them.
 
-    H = ∂²L/∂p²,      at a minimum without residual  H = Σ_k w_k J_k J_kᵀ  with  J = ∂κ/∂p  (Gauss-Newton)
+H = ∂²L/∂p²,      at a minimum without residual  H = Σ_k w_k J_k J_kᵀ  with  J = ∂κ/∂p  (Gauss-Newton)
 """
 
 from typing import Any
@@ -29,9 +29,10 @@ def effective_learning_rate(
 def released_effective_learning_rate(optimizer: optax.GradientTransformation, state: PyTree) -> PyTree:
     r"""The "effective learning rate" of the released code: minus the update if the next gradient were 1 everywhere.
 
-    For Adam, with $m'=\beta_1m+(1-\beta_1)$ and $v'=\beta_2v+(1-\beta_2)$, it is $\eta\,\hat m'/(\sqrt{\hat v'}+\epsilon)$.
-    The momentum m of past gradients adds to it or takes from it, so it may be negative. Where gradients are much smaller
-    than 0.03 it is $0.1\,\eta/\sqrt{0.001}=3.16\,\eta$ however small they are. Errors: as `effective_learning_rate`.
+    For Adam it is $\eta\,\hat m'/(\sqrt{\hat v'}+\epsilon)$ with $m'=\beta_1m+(1-\beta_1)$, $v'=\beta_2v+(1-\beta_2)$.
+    The momentum m of past gradients adds to it or takes from it, so it may be negative. Where gradients are much
+    smaller than 0.03 it is $0.1\,\eta/\sqrt{0.001}=3.16\,\eta$, however small they are. Errors: as
+    `effective_learning_rate`.
     """
     ones = jax.tree.map(jnp.ones_like, _adam_state(state).nu)
     return jax.tree.map(jnp.negative, optimizer.update(ones, state)[0])

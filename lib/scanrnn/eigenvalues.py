@@ -170,9 +170,9 @@ def squash_spectrum(
 
     $$|l'|=\nu_{\min}+(\nu_{\max}-\nu_{\min})\tanh|l|,\qquad \arg l'=\arg l\cdot\frac{\theta_{\max}}\pi .$$
 
-    So linear networks with a given memory are drawn (Zucchet & Orvieto 2024): M Gaussian of variance 1/n. Conjugate pairs
-    stay pairs. A real negative eigenvalue has the phase π, which no conjugate balances: with `max_phase` below π, where
-    taking the real part acts, it becomes $|l'|\cos\theta_{\max}$, of a smaller modulus.
+    So linear networks with a given memory are drawn (Zucchet & Orvieto 2024): M Gaussian of variance 1/n. Conjugate
+    pairs stay pairs. A real negative eigenvalue has the phase π, which no conjugate balances: with `max_phase` below π,
+    where taking the real part acts, it becomes $|l'|\cos\theta_{\max}$, of a smaller modulus.
 
     Raises `ValueError` unless 0 <= min_modulus <= max_modulus <= 1, 0 <= max_phase <= π and the matrices are square;
     where the values are traced, the result is NaN instead. JAX has eigenvectors on the CPU, and on few GPUs.
@@ -196,7 +196,7 @@ def _require_ring(min_modulus: float, max_modulus: float, max_phase: float) -> N
     require_values("max_phase", max_phase, "between 0 and π", lambda t: (t >= 0) & (t <= np.pi))
 
 
-def _is_ring(min_modulus: ArrayLike, max_modulus: ArrayLike, max_phase: ArrayLike) -> Any:
+def _is_ring(min_modulus: Any, max_modulus: Any, max_phase: Any) -> Any:
     ordered = (min_modulus >= 0) & (min_modulus <= max_modulus) & (max_modulus <= 1)
     return ordered & (max_phase >= 0) & (max_phase <= np.pi)
 

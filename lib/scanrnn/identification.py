@@ -12,9 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import curvature, theory
@@ -33,7 +31,7 @@ LENGTH = 300  # of its sequences
 # Students ------------------------------------------------------------------------------------------------------------
 
 
-def rnn(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray, blocks: int = 1, width: int = WIDTH):
+def rnn(*, min_modulus: float, max_phase: float, key: PRNGKeyArray, blocks: int = 1, width: int = WIDTH):
     """The dense network, or one of equal blocks. As in the paper its moduli start from 0, whatever `min_modulus`."""
     return LinearRNN(1, width, 1, blocks=blocks, max_phase=max_phase, key=key)
 
@@ -54,13 +52,13 @@ def dense_from_blocks(**start: Any) -> LinearRNN:
     return LinearRNN.from_weights(blocks.matrix(), blocks.input_weight, blocks.output_weight, blocks.feedthrough)
 
 
-def complex_diagonal(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+def complex_diagonal(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> DiagonalRNN:
     """λ = a + ib, γ = 1: the paper's complex diagonal network."""
     lam, key = _ring(key, min_modulus, max_phase)
     return DiagonalRNN(1, WIDTH, 1, eigenvalues=Cartesian.from_eigenvalues(lam), key=key)
 
 
-def complex_gamma(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+def complex_gamma(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> DiagonalRNN:
     """λ = a + ib, and γ a parameter that starts at √(1 - |λ|²)."""
     lam, key = _ring(key, min_modulus, max_phase)
     return DiagonalRNN(
@@ -73,21 +71,19 @@ def complex_gamma(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyA
     )
 
 
-def complex_gamma_released(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+def complex_gamma_released(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> DiagonalRNN:
     """`complex_gamma` as released: γ starts at √(1 - (Re λ)²), since a + ib is taken for modulus and phase there."""
     lam, key = _ring(key, min_modulus, max_phase)
     gamma = DirectNormalizer(normalizer(lam.real))
-    return DiagonalRNN(
-        1, WIDTH, 1, eigenvalues=Cartesian.from_eigenvalues(lam), normalization=gamma, key=key
-    )
+    return DiagonalRNN(1, WIDTH, 1, eigenvalues=Cartesian.from_eigenvalues(lam), normalization=gamma, key=key)
 
 
-def lru(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> LRU:
+def lru(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> LRU:
     """λ = exp(-e^ω_ν + i e^ω_θ), its phase counted from 0 to 2π, and γ = e^ω_γ."""
     return LRU(1, WIDTH, 1, min_modulus=min_modulus, max_modulus=1.0, max_phase=max_phase, key=key)
 
 
-def lru_signed_phase(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGKeyArray) -> DiagonalRNN:
+def lru_signed_phase(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> DiagonalRNN:
     """λ = exp(-e^ω_ν + iθ) with the phase itself as parameter, of either sign, and γ = e^ω_γ."""
     lam, key = _ring(key, min_modulus, max_phase)
     return DiagonalRNN(
@@ -100,7 +96,7 @@ def lru_signed_phase(*, min_modulus: ArrayLike, max_phase: ArrayLike, key: PRNGK
     )
 
 
-def _ring(key: PRNGKeyArray, min_modulus: ArrayLike, max_phase: ArrayLike) -> tuple[Array, PRNGKeyArray]:
+def _ring(key: PRNGKeyArray, min_modulus: float, max_phase: float) -> tuple[Array, PRNGKeyArray]:
     eigenvalues_key, weights_key = jr.split(key)
     return ring(eigenvalues_key, WIDTH, min_modulus=min_modulus, max_modulus=1.0, max_phase=max_phase), weights_key
 
@@ -108,12 +104,12 @@ def _ring(key: PRNGKeyArray, min_modulus: ArrayLike, max_phase: ArrayLike) -> tu
 # Teachers ------------------------------------------------------------------------------------------------------------
 
 
-def authors(*, min_modulus: ArrayLike, max_phase: ArrayLike, seed: ArrayLike) -> LinearTeacher:
+def authors(*, min_modulus: float, max_phase: float, seed: int) -> LinearTeacher:
     """The released teacher, whatever the seed."""
     return LinearTeacher.released(min_modulus=min_modulus, max_phase=max_phase)
 
 
-def fresh(*, min_modulus: ArrayLike, max_phase: ArrayLike, seed: ArrayLike) -> LinearTeacher:
+def fresh(*, min_modulus: float, max_phase: float, seed: int) -> LinearTeacher:
     """A teacher of its own for each seed, drawn from the law of the released one (10 units)."""
     return LinearTeacher(10, min_modulus=min_modulus, max_phase=max_phase, key=jr.key(seed))
 
@@ -135,11 +131,12 @@ def identify(
 ) -> dict[str, Array]:
     r"""One run at one point of a grid, for `scanrnn.sweep.sweep`.
 
-    **Arguments:** `point` with the numbers `nu0` (least modulus of the teacher's eigenvalues, and of the student's first
-    ones), `max_phase` (the same for phases), `learning_rate`, `seed` (of the student) and `teacher_seed`; `student` and
-    `teacher`, functions of this module; `optimizer`, a function of a learning-rate schedule; `batch`, how many
-    sequences to draw at each step, or None for their expectation; `observe(student, optimizer_state, optimizer,
-    learning_rate)`, called before every `every`-th step. The rate falls from `learning_rate` to $10^{-7}$ along a cosine.
+    **Arguments:** `point` with the numbers `nu0` (least modulus of the teacher's eigenvalues, and of the student's
+    first ones), `max_phase` (the same for phases), `learning_rate`, `seed` (of the student) and `teacher_seed`;
+    `student` and `teacher`, functions of this module; `optimizer`, a function of a learning-rate schedule; `batch`, how
+    many sequences to draw at each step, or None for their expectation; `observe(student, optimizer_state, optimizer,
+    learning_rate)`, called before every `every`-th step. The rate falls from `learning_rate` to $10^{-7}$ along a
+    cosine.
 
     **Returns** the columns
 
@@ -161,7 +158,7 @@ def identify(
         return theory.population_loss(layer.impulse_response(length), target)
 
     def sampled(layer: LinearLayer, key: PRNGKeyArray) -> Float[Array, ""]:
-        kernel, inputs = layer.impulse_response(length), jr.normal(key, (batch, length, 1))
+        kernel, inputs = layer.impulse_response(length), jr.normal(key, (batch or 1, length, 1))
         return jnp.mean(jax.vmap(theory.sampled_loss, (None, None, 0))(kernel, target, inputs))
 
     rate = point["learning_rate"]
@@ -200,7 +197,8 @@ OBSERVED = ("released_rate", "negative", "rate")
 def rates_of_recurrent_weights(layer: LinearRNN, state: Any, optimizer: Any, learning_rate: Array) -> dict[str, Array]:
     r"""To observe in `identify`: mean effective learning rates of A, over its stored entries.
 
-    - `released_rate`: $10^{\langle\log_{10}(\max(r,0)+10^{-8})\rangle}$ of r = `curvature.released_effective_learning_rate`
+    - `released_rate`: $10^{\langle\log_{10}(\max(r,0)+10^{-8})\rangle}$ with r the rates of
+      `curvature.released_effective_learning_rate`
     - `negative`: the share of entries with r <= 0, which the paper's figures leave out or count as $10^{-8}$
     - `rate`: the geometric mean of `curvature.effective_learning_rate`
     """

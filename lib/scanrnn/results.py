@@ -24,7 +24,7 @@ def read(name: str | Path) -> Table:
     """The table `name` ("zo24-fig3a"), from the checkout or the installed package; or the file at a `Path`.
 
     Columns of whole numbers are integers, those of numbers floats, those of True and False booleans, all others
-    strings. Raises `FileNotFoundError` where there is no such table, `ValueError` where its rows have different lengths.
+    strings. Raises `FileNotFoundError` where there is no such table, `ValueError` where a row has another length.
     """
     path = name if isinstance(name, Path) else _resources.find(f"results/{name}.csv")
     with path.open(newline="", encoding="utf-8") as file:

@@ -34,6 +34,11 @@ from tqdm.auto import tqdm
 
 from ._checks import require_integer
 
+try:
+    _enable_x64 = jax.enable_x64
+except AttributeError:  # before 2025 it was an experiment
+    from jax.experimental import enable_x64 as _enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
 Columns = dict[str, Shaped[np.ndarray, "points ..."]]
 
 
@@ -73,10 +78,10 @@ def sweep(
     have. A run that diverges is a row like any other, with whatever `run` returned for it.
 
     **The store.** A chunk is saved when it is finished, atomically, under a digest of: `run` and all that is bound to
-    it, the sources of scanrnn and of a `run` defined elsewhere, the points, the precision, the backend, and the versions
-    of jax, jaxlib, numpy, equinox and optax. (Not the processor: rounding may differ between machines. And not what `run` reads
-    but does not receive: global variables, files.) A file there that is cut short, or is not what its name says, is
-    named in a `RuntimeWarning`, and computed anew.
+    it, the sources of scanrnn and of a `run` defined elsewhere, the points, the precision, the backend, and the
+    versions of jax, jaxlib, numpy, equinox and optax. (Not the processor: rounding may differ between machines. And not
+    what `run` reads but does not receive: global variables, files.) A file there that is cut short, or is not what its
+    name says, is named in a `RuntimeWarning`, and computed anew.
 
     **Raises** `ValueError` for no points, points of different names, a value that is not a number, results whose names
     are not those of the first chunk or are names of the points too, or, with a store, a `run` that holds variables of
@@ -138,7 +143,7 @@ def _finished(
 
 def _run_chunk(run: Callable, part: Columns, x64: bool) -> Columns:
     """In whatever process: the results of one chunk."""
-    with jax.enable_x64(x64) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(x64):
+    with _enable_x64(x64):
         results = _compiled(run)(part)
         if not isinstance(results, Mapping):
             raise ValueError(f"run must return a dictionary of arrays, got {type(results).__name__}")
@@ -209,8 +214,8 @@ def _save(path: Path, key: str, result: Columns) -> None:
         kept = len(list(path.parent.glob("*.chunk")))
         raise OSError(
             error.errno,
-            f"cannot save a finished chunk ({len(payload)} bytes): {error.strerror}; the {kept} chunks saved before are "
-            "intact, so make room and call sweep again",
+            f"cannot save a finished chunk ({len(payload)} bytes): {error.strerror}; the {kept} chunks saved before "
+            "are intact, so make room and call sweep again",
             str(path.parent),
         ) from error
 
@@ -233,7 +238,8 @@ def _load(path: Path, key: str) -> Columns | None:
         with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = "it is no chunk of a sweep" if isinstance(error, json.JSONDecodeError | KeyError | TypeError) else error
+        foreign = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | KeyError | TypeError)
+        reason = "it is no chunk of a sweep" if foreign else error
         warnings.warn(f"{path} cannot be used ({reason}); it is computed anew", RuntimeWarning, stacklevel=3)
         return None
 

@@ -92,8 +92,8 @@ def train(
     r"""`steps` steps of an Optax optimiser down `loss(parameters)`, or `loss(parameters, key)` with a fresh key a step.
 
     **Arguments:** `key`, for a loss that draws its own sample: step k calls it with `jax.random.fold_in(key, k)`;
-    `observe(parameters, optimizer_state, k)`, called before step k for every `every`-th k; `progress`, to show a bar (of one
-    training, not of a batch of them; see `scanrnn.sweep` for that). A schedule belongs into the optimiser.
+    `observe(parameters, optimizer_state, k)`, called before step k for every `every`-th k; `progress`, to show a bar
+    (of one training, not of a batch of them; see `scanrnn.sweep` for that). A schedule belongs into the optimiser.
 
     **Returns** the parameters and the optimiser's state after the last step, and the `Record`.
 

@@ -81,9 +81,10 @@ class _Diagonal(LinearLayer):
         return real_part(self.output_real, self.output_imag, self.states(inputs)) + inputs @ self.feedthrough.T
 
     def impulse_response(self, length: int) -> Float[Array, "{length} output input"]:
-        r"""$\kappa_k=\Re(C\lambda^k\gamma B)$, and D more at k = 0; (length, d_out, d_in). Errors: as every linear layer's.
+        r"""$\kappa_k=\Re(C\lambda^k\gamma B)$, and D more at k = 0; (length, d_out, d_in).
 
-        Not by running the layer: 16 powers of λ act on B, and powers of $\lambda^{16}$ on C.
+        Errors: as every linear layer's. The layer is not run: 16 powers of λ act on B, and powers of $\lambda^{16}$ on
+        C.
         """
         require_integer("length", length, minimum=1)
         lam, weight = self.eigenvalues(), self._input_matrix()

@@ -68,9 +68,7 @@ def finite_hessian_overlap(lam_i: ArrayLike, lam_j: ArrayLike, length: int) -> I
     broadcast; `TypeError` for what is not a number. Traced eigenvalues outside give NaN.
     """
     require_integer("length", length, minimum=1)
-    a, b = _arguments.together(
-        lam_i=_arguments.eigenvalue("lam_i", lam_i), lam_j=_arguments.eigenvalue("lam_j", lam_j)
-    )
+    a, b = _arguments.together(lam_i=_arguments.eigenvalue("lam_i", lam_i), lam_j=_arguments.eigenvalue("lam_j", lam_j))
     with jax.numpy_dtype_promotion("standard"):
         return _finite_overlap(a * b, length)
 
