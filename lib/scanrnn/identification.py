@@ -135,8 +135,8 @@ def identify(
     first ones), `max_phase` (the same for phases), `learning_rate`, `seed` (of the student) and `teacher_seed`;
     `student` and `teacher`, functions of this module; `optimizer`, a function of a learning-rate schedule; `batch`, how
     many sequences to draw at each step, or None for their expectation; `observe(student, optimizer_state, optimizer,
-    learning_rate)`, called before every `every`-th step. The rate falls from `learning_rate` to $10^{-7}$ along a
-    cosine.
+    learning_rate)`, called before every `every`-th step. The rate falls along a
+    cosine from `learning_rate` to $10^{-7}$, or to a hundredth of it if that is less.
 
     **Returns** the columns
 
@@ -163,7 +163,8 @@ def identify(
 
     rate = point["learning_rate"]
     schedule = optax.cosine_decay_schedule(1.0, steps)
-    rate_at = lambda k: 1e-7 + (rate - 1e-7) * schedule(k)  # noqa: E731
+    floor = jnp.minimum(1e-7, rate / 100)  # the paper's; plain gradient descent begins below it
+    rate_at = lambda k: floor + (rate - floor) * schedule(k)  # noqa: E731
     chosen = optimizer(rate_at)
     trained, _, record = train(
         exact if batch is None else sampled,
