@@ -23,10 +23,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
-from scanrnn import identification, results
+from scanrnn import curvature, identification, results
 from scanrnn.sweep import grid, sweep
 
 RESULTS = Path("book/results")
@@ -74,6 +75,9 @@ class Group:
     options: dict[str, Any] = field(default_factory=dict)  # of `identify`
     observed: tuple[int, ...] = ()  # epochs whose observations the table keeps
     few: bool = False  # three seeds do
+    run: Callable | None = None  # instead of `identify`, with its own steps
+    x64: bool = False  # in double precision
+    by_array: bool = False  # one row for each array of parameters, of `identification.rates_by_group`
 
 
 def _heads(count: int) -> Group:
@@ -87,13 +91,38 @@ def _heads(count: int) -> Group:
     )
 
 
-def _controls(student: str, make: identification.Student, rates: tuple[float, ...]) -> tuple[Group, ...]:
-    adam, sgd = {"optimizer": "adam"}, {"optimizer": "sgd"}
-    return (
-        Group(student, make, rates, columns=adam | {"batch": 128}, options={"batch": 128}, few=True),
-        Group(student, make, SGD_RATES, columns=sgd | {"batch": 0}, options={"optimizer": optax.sgd}),
-    )
+def _sampled(student: str, make: identification.Student, rates: tuple[float, ...]) -> Group:
+    columns = {"optimizer": "adam", "batch": 128}
+    return Group(student, make, rates, (0.92, 0.99), columns=columns, options={"batch": 128}, few=True)
 
+
+def _exact_adam(student: str, make: identification.Student, rates: tuple[float, ...]) -> Group:
+    return Group(student, make, rates, columns={"optimizer": "adam", "batch": 0})
+
+
+def _sgd(student: str, make: identification.Student) -> Group:
+    columns = {"optimizer": "sgd", "batch": 0}
+    return Group(student, make, SGD_RATES, columns=columns, options={"optimizer": optax.sgd})
+
+
+def _damped_gauss_newton(student: str, make: identification.Student) -> Group:
+    columns = {"optimizer": "levenberg_marquardt", "batch": 0}
+    run = partial(identification.identify_by_gauss_newton, steps=200)
+    return Group(student, make, (1.0,), columns=columns, run=run, x64=True, few=True)
+
+
+def _rates(student: str, make: identification.Student) -> Group:
+    observe = {"observe": identification.rates_by_group, "optimizer": identification.constant_adam, "batch": 128}
+    return Group(student, make, (1e-3,), options=observe, few=True, by_array=True)
+
+
+BASES = (  # the same kind of network, dense in three bases, and without the entries between its blocks
+    ("rnn", identification.rnn),
+    ("rnn_rotated_blocks", identification.rotated_blocks),
+    ("rnn_from_blocks", identification.dense_from_blocks),
+    ("block_diagonal", identification.block_diagonal),
+    ("lru", identification.lru),
+)
 
 FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
     "zo24-fig3a": (
@@ -126,10 +155,22 @@ FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
         ("authors", "fresh", "conjugate"),
     ),
     "zo24-fig11": (tuple(_heads(count) for count in (1, 2, 4, 8, 16, 32)), ("authors", "fresh")),
+    "zo24-fig4c": (
+        (
+            _rates("rnn", identification.rnn),
+            _rates("complex", identification.complex_diagonal),
+            _rates("lru", identification.lru),
+            _rates("zero_order_hold", identification.zero_order_hold),
+        ),
+        ("authors",),
+    ),
     "zo24-controls": (
         (
-            *_controls("rnn", identification.rnn, RNN_RATES),
-            *_controls("lru", identification.lru, LRU_RATES),
+            _exact_adam("rnn_rotated_blocks", identification.rotated_blocks, (*BLOCK_RATES[:-1], *RNN_RATES[2:])),
+            *(_sgd(*basis) for basis in BASES),
+            *(_damped_gauss_newton(*basis) for basis in BASES),
+            _sampled("rnn", identification.rnn, RNN_RATES),
+            _sampled("lru", identification.lru, LRU_RATES),
         ),
         ("authors", "fresh"),
     ),
@@ -145,6 +186,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--store", type=Path, default=STORE, help="folder of the finished chunks")
     options = parser.parse_args(arguments)
+    if options.steps < 100 or options.steps % 100:
+        parser.error(f"--steps must be a multiple of 100, got {options.steps}")
+    if options.figure and options.teacher not in (None, *FIGURES[options.figure][1]):
+        parser.error(
+            f"{options.figure} has the teachers {', '.join(FIGURES[options.figure][1])}, got {options.teacher}"
+        )
     chosen = [options.figure] if options.figure else list(FIGURES)
     os.environ.update(WORKERS)  # read by the workers when they start JAX
     for figure in chosen:
@@ -155,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path) -> None:
     """All runs of `figure` with one kind of teacher, into its table."""
-    start, parts = time.perf_counter(), []
+    start, commit, parts = time.perf_counter(), _commit(), []  # the commit may be another when it is done
     cores = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as executor:
@@ -165,7 +212,7 @@ def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path)
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     about = {
         "command": f"python -m tools.paper {figure} {teacher}" + (f" --steps {steps}" if steps != 10_000 else ""),
-        "commit": _commit(),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": f"{_processor()}, {cores} cores",
         "python": platform.python_version(),
@@ -189,11 +236,12 @@ def _run_group(
     seeds = [{"teacher_seed": t, "seed": s} for t, s in (kind.seeds[:3] if group.few else kind.seeds)]
     cells = grid(nu0=group.moduli, max_phase=group.phases, learning_rate=group.rates)
     points = [cell | pair for cell in cells for pair in seeds]
-    run = partial(
-        identification.identify, student=group.make, teacher=kind.make, steps=steps, every=steps // 100, **group.options
-    )
-    chunk = math.ceil(len(points) / (cores * math.ceil(len(points) / (cores * CHUNK))))  # the same for every core
-    columns = sweep(run, points, chunk=chunk, store=store, executor=executor, progress=True)
+    options = {"student": group.make, "teacher": kind.make, **group.options}
+    run = partial(group.run or partial(identification.identify, steps=steps, every=steps // 100), **options)
+    most = 4 if "batch" in group.options else CHUNK  # a batch of sequences needs the cache for itself
+    chunk = math.ceil(len(points) / (cores * math.ceil(len(points) / (cores * most))))  # the same for every core
+    with jax.enable_x64(group.x64):
+        columns = sweep(run, points, chunk=chunk, store=store, executor=executor, progress=True)
     count = len(points)
     texts = {"student": np.full(count, group.student), "teacher": np.full(count, teacher)}
     fixed = {name: np.full(count, value) for name, value in group.columns.items()}
@@ -203,7 +251,19 @@ def _run_group(
     for epoch in group.observed:  # an observation is made before a stretch of steps, so that of epoch e is the next
         for name in identification.OBSERVED:
             table[f"{name}_{epoch}"] = columns[name][:, epoch + 1]
-    return table
+    return _by_array(group, table, columns) if group.by_array else table
+
+
+def _by_array(group: Group, table: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A row for each array of parameters: the effective learning rates of its entries at the end, per base rate."""
+    student = group.make(min_modulus=0.9, max_phase=3.14, key=jax.random.key(0))
+    names = list(curvature.groups(student))
+    rows = {name: np.repeat(column, len(names)) for name, column in table.items()}
+    rows["array"] = np.tile(names, len(table["seed"]))
+    for kind in ("released", "clean"):
+        for i, what in enumerate(identification.SUMMARY):
+            rows[f"{kind}_{what}"] = columns[kind][:, -1, :, i].ravel()
+    return rows
 
 
 def _merge(folder: Path, figure: str, teacher: str, rows: dict[str, np.ndarray], about: dict[str, Any]) -> None:
@@ -217,9 +277,17 @@ def _merge(folder: Path, figure: str, teacher: str, rows: dict[str, np.ndarray],
                 parts[kind], abouts[kind] = results.select(table, teacher=kind), known[kind]
     order = [kind for kind in FIGURES[figure][1] if kind in parts]
     folder.mkdir(parents=True, exist_ok=True)
-    results.write(table_path, {name: np.concatenate([parts[kind][name] for kind in order]) for name in rows})
+    columns = {name: np.concatenate([_in_double(parts[kind][name]) for kind in order]) for name in rows}
+    results.write(table_path, columns)
     text = json.dumps({kind: abouts[kind] for kind in order}, indent=1)
-    about_path.write_text(text + "\n", encoding="utf-8")
+    temporary = about_path.with_suffix(".json.part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, about_path)
+
+
+def _in_double(column: np.ndarray) -> np.ndarray:
+    """Single-precision 0.1 as 0.1, not as 0.10000000149: so it is written when no other rows are beside it."""
+    return np.array([float(str(x)) for x in column]) if column.dtype == np.float32 else column
 
 
 def _commit() -> str:

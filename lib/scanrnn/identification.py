@@ -9,6 +9,7 @@ loss of sequences drawn afresh at every step, as the paper's runs have it.
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -17,10 +18,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import curvature, theory
 from .eigenvalues import Cartesian, DirectNormalizer, ExponentialModulus, LearnedNormalizer, normalizer, ring
-from .layers import LRU, DiagonalRNN, LinearRNN
+from .layers import LRU, S5, DiagonalRNN, LinearRNN
 from .layers._base import LinearLayer
+from .realizations import rotated
 from .tasks import LinearTeacher
-from .training import train
+from .training import levenberg_marquardt, train
 
 Student = Callable[..., LinearLayer]  # student(min_modulus=..., max_phase=..., key=...)
 
@@ -50,6 +52,12 @@ def dense_from_blocks(**start: Any) -> LinearRNN:
     """The dense network that starts as `block_diagonal`: the zeros between the blocks are parameters."""
     blocks = block_diagonal(**start)
     return LinearRNN.from_weights(blocks.matrix(), blocks.input_weight, blocks.output_weight, blocks.feedthrough)
+
+
+def rotated_blocks(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> LinearRNN:
+    """`dense_from_blocks` in orthonormal coordinates drawn at random: the same network, no entry of A zero."""
+    start_key, rotation_key = jr.split(key)
+    return rotated(dense_from_blocks(min_modulus=min_modulus, max_phase=max_phase, key=start_key), rotation_key)
 
 
 def complex_diagonal(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> DiagonalRNN:
@@ -94,6 +102,14 @@ def lru_signed_phase(*, min_modulus: float, max_phase: float, key: PRNGKeyArray)
         normalization=LearnedNormalizer.from_eigenvalues(lam),
         key=key,
     )
+
+
+def zero_order_hold(*, min_modulus: float, max_phase: float, key: PRNGKeyArray) -> S5:
+    """λ = e^{ΔA} with a Δ for each unit: Re A = -1 and Δ = -log ν at the start, as in the released S4 variant."""
+    lam, key = _ring(key, min_modulus, max_phase)
+    step = -jnp.log(jnp.abs(lam))
+    times = jnp.zeros_like(step), jnp.angle(lam) / step, jnp.log(step)
+    return eqx.tree_at(lambda s: (s.log_decay, s.frequency, s.log_step), S5(1, WIDTH, 1, key=key), times)
 
 
 def _ring(key: PRNGKeyArray, min_modulus: float, max_phase: float) -> tuple[Array, PRNGKeyArray]:
@@ -190,6 +206,67 @@ def identify(
 
 def _real_negative(lam: Array) -> Array:
     return jnp.sum((jnp.abs(lam.imag) < 1e-6) & (lam.real < 0))
+
+
+def identify_by_gauss_newton(
+    point: dict[str, Any],
+    *,
+    student: Student,
+    teacher: Callable[..., LinearTeacher],
+    steps: int = 200,
+    length: int = LENGTH,
+    every: int = 1,
+) -> dict[str, Array]:
+    """`identify` by `training.levenberg_marquardt` on the expected loss; `learning_rate` is not used. In float64."""
+    where = {"min_modulus": point["nu0"], "max_phase": point["max_phase"]}
+    system = teacher(**where, seed=point["teacher_seed"])
+    target = system.impulse_response(length)
+    start = student(**where, key=jr.split(jr.key(point["seed"]))[0])
+    weights = jnp.sqrt(1 - jnp.arange(length) / length)
+
+    def residuals(layer: LinearLayer) -> Array:
+        return weights * (layer.impulse_response(length) - target)[:, 0, 0]
+
+    trained, record = levenberg_marquardt(residuals, start, steps)
+    final = theory.population_loss(trained.impulse_response(length), target)
+    return {
+        "final_loss": final,
+        "diverged": ~jnp.isfinite(final),
+        "zero_loss": theory.population_loss(jnp.zeros_like(target), target),
+        "exact_loss": final,
+        "negative_eigenvalues": _real_negative(system.eigenvalues()),
+        "curve": jnp.mean(record.loss.reshape(-1, every), axis=1),
+    }
+
+
+def constant_adam(schedule: Callable[[int], float]) -> optax.GradientTransformation:
+    """For `identify`: Adam at the first rate of the schedule, throughout."""
+    return optax.adam(schedule(0))
+
+
+SUMMARY = ("least", "quartile1", "median", "quartile3", "greatest", "not_positive", "above_base")
+
+
+def rates_by_group(layer: LinearLayer, state: Any, optimizer: Any, _: Array) -> dict[str, Array]:
+    """To observe in `identify` under `constant_adam`: effective learning rates of each array of parameters.
+
+    `released` is `curvature.released_effective_learning_rate`, `clean` `curvature.effective_learning_rate`, both per
+    unit of the base rate η; (arrays, 7) each, in the order of `curvature.groups` and of `SUMMARY`.
+    """
+    base = optimizer.init(layer)
+    eta = -optimizer.update(jax.tree.map(jnp.ones_like, layer), base)[0].feedthrough.ravel()[0]
+    released = curvature.released_effective_learning_rate(optimizer, state)
+    clean = curvature.effective_learning_rate(state, eta)
+
+    def summary(rates: Array) -> Array:
+        ratios = rates.ravel() / eta
+        quantiles = jnp.quantile(ratios, jnp.array([0, 0.25, 0.5, 0.75, 1]))
+        return jnp.concatenate([quantiles, jnp.stack([jnp.mean(ratios <= 0), jnp.mean(ratios > 1)])])
+
+    return {
+        "released": jnp.stack([summary(leaf) for leaf in jax.tree.leaves(released)]),
+        "clean": jnp.stack([summary(leaf) for leaf in jax.tree.leaves(clean)]),
+    }
 
 
 OBSERVED = ("released_rate", "negative", "rate")

@@ -24,11 +24,14 @@ def read(name: str | Path) -> Table:
     """The table `name` ("zo24-fig3a"), from the checkout or the installed package; or the file at a `Path`.
 
     Columns of whole numbers are integers, those of numbers floats, those of True and False booleans, all others
-    strings. Raises `FileNotFoundError` where there is no such table, `ValueError` where a row has another length.
+    strings. Raises `FileNotFoundError` where there is no such table, `ValueError` where it has no names of columns, or
+    a row of another length.
     """
     path = name if isinstance(name, Path) else _resources.find(f"results/{name}.csv")
     with path.open(newline="", encoding="utf-8") as file:
-        names, *rows = csv.reader(file)
+        names, *rows = list(csv.reader(file)) or [[]]
+    if not names:
+        raise ValueError(f"{path}: must have the names of the columns in line 1, got an empty line or none")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(names):
             raise ValueError(f"{path}, line {number}: must have {len(names)} entries, got {len(row)}")
@@ -52,10 +55,14 @@ def write(path: str | os.PathLike, table: Mapping[str, Any]) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(zip(*([str(x) for x in column] for column in columns.values()), strict=True))
+    writer.writerows(zip(*([_text(x) for x in column] for column in columns.values()), strict=True))
     temporary = Path(path).with_suffix(".part")
-    temporary.write_text(buffer.getvalue(), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(buffer.getvalue(), encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def select(table: Mapping[str, np.ndarray], **where: Any) -> Table:
@@ -97,12 +104,17 @@ def best_of_each(
     Diverged runs are no candidates; where all diverged, the least loss is infinite.
     """
     names = [by] if isinstance(by, str) else list(by)
-    keys = np.array(list(zip(*(table[name] for name in names), strict=True)))
+    keys = np.stack([np.unique(table[name], return_inverse=True)[1].ravel() for name in names], axis=1)  # ranks
     losses = np.where(np.isfinite(table[loss]), table[loss], np.inf)
     _, group = np.unique(keys, axis=0, return_inverse=True)
     least = np.full(group.max(initial=-1) + 1, np.inf)
     np.minimum.at(least, group.ravel(), losses)
     return least
+
+
+def _text(value: Any) -> str:
+    # NumPy writes a single-precision 1000000.0 as 1e+06, which would be read and written again as 1000000.0.
+    return repr(float(str(value))) if isinstance(value, np.floating) else str(value)
 
 
 def _column(texts: list[str]) -> np.ndarray:

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Shaped
@@ -71,7 +70,8 @@ def sweep(
     - `store`: a folder for the finished chunks, made if need be; several sweeps may use it, also at once. Without it
       nothing is kept.
     - `executor`: who runs the chunks; by default this process. With another process, `run` must be picklable: a
-      function of a module, or a `functools.partial` of one. Whether JAX is in float64 travels with the chunk.
+      function of a module, or a `functools.partial` of one. Whether JAX is in float64 travels with the chunk. A process
+      pool needs `mp_context=multiprocessing.get_context("spawn")`: JAX's threads do not survive a fork.
     - `progress`: whether to show a bar: runs done, time left.
 
     **Returns** the columns: those of the points, then those of the results, the latter with what further axes they
@@ -83,10 +83,11 @@ def sweep(
     what `run` reads but does not receive: global variables, files.) A file there that is cut short, or is not what its
     name says, is named in a `RuntimeWarning`, and computed anew.
 
-    **Raises** `ValueError` for no points, points of different names, a value that is not a number, results whose names
-    are not those of the first chunk or are names of the points too, or, with a store, a `run` that holds variables of
-    its surroundings; `TypeError` for what cannot be named in a digest; `OSError` where a chunk cannot be saved;
-    `RuntimeError` where a worker process died. Whatever happens, chunks that were saved stay.
+    **Raises** `ValueError` for no points, points of different names, a value that is not a number or an integer that
+    JAX's integers do not hold, results that are not arrays, whose names are not those of the first chunk or are names
+    of the points too, or, with a store, a `run` that holds variables of its surroundings; `TypeError` for what cannot
+    be named in a digest; `OSError` where a chunk cannot be saved; `RuntimeError` where a worker process died or has
+    other sources of scanrnn. Whatever happens, chunks that were saved stay.
     """
     require_integer("chunk", chunk, minimum=1)
     columns = _columns(points)
@@ -101,17 +102,22 @@ def sweep(
         _remove_leftovers(store)
         about = _describe_run(run)
         keys = [_digest({"run": about, "points": _exact(part)}) for part in parts]
-        results = [_load(store / f"{key}.chunk", key) for key in keys]
+        for i, key in enumerate(keys):
+            results[i] = _load(store / f"{key}.chunk", key)
 
+    first = next((result for result in results if result is not None), None)
     missing = [i for i, result in enumerate(results) if result is None]
     done = sum(bounds[i][1] - bounds[i][0] for i in range(len(parts)) if results[i] is not None)
     with tqdm(total=count, initial=done, unit="run", disable=not progress) as bar:
         for i, result in _finished(run, parts, missing, executor):
+            first = first or result
+            _check_names(columns, first, result)
             if store is not None:
                 _save(store / f"{keys[i]}.chunk", keys[i], result)
             results[i] = result
             bar.update(bounds[i][1] - bounds[i][0])
-    return _joined(columns, [result for result in results if result is not None])
+    whole = [result for result in results if result is not None]
+    return columns | {name: np.concatenate([result[name] for result in whole]) for name in whole[0]}
 
 
 # Running -------------------------------------------------------------------------------------------------------------
@@ -124,42 +130,66 @@ def _finished(
     x64 = bool(jax.config.read("jax_enable_x64"))
     if executor is None:
         for i in missing:
-            yield i, _run_chunk(run, parts[i], x64)
+            yield i, _run_chunk(run, parts[i], x64, _LIBRARY)
         return
     futures = {}
     try:
-        futures = {executor.submit(_run_chunk, run, parts[i], x64): i for i in missing}
+        for i in missing:
+            futures[executor.submit(_run_chunk, run, parts[i], x64, _LIBRARY)] = i
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
     except concurrent.futures.BrokenExecutor as error:
         raise RuntimeError(
-            "a worker process of the sweep died (killed, or out of memory); chunks that were saved in the store are "
-            "kept: call sweep again, with a new executor, to go on"
+            "a worker process of the sweep died (killed, out of memory, or unable to import run); chunks that were "
+            "saved in the store are kept: call sweep again, with a new executor, to go on"
         ) from error
     finally:
         for future in futures:
             future.cancel()
 
 
-def _run_chunk(run: Callable, part: Columns, x64: bool) -> Columns:
+def _run_chunk(run: Callable, part: Columns, x64: bool, library: str) -> Columns:
     """In whatever process: the results of one chunk."""
+    if library != _LIBRARY:
+        raise RuntimeError(
+            "a worker process has other sources of scanrnn than the sweep (edited while it ran, or another version): "
+            "start anew"
+        )
     with _enable_x64(x64):
         results = _compiled(run)(part)
-        if not isinstance(results, Mapping):
-            raise ValueError(f"run must return a dictionary of arrays, got {type(results).__name__}")
-        return {str(name): np.asarray(column) for name, column in results.items()}
+    if not isinstance(results, Mapping):
+        raise ValueError(f"run must return a dictionary of arrays, got {type(results).__name__}")
+    for name, column in results.items():
+        if not isinstance(column, jax.Array):
+            raise ValueError(f"run must return a dictionary of arrays, got {name!r} of type {type(column).__name__}")
+    return {str(name): np.asarray(column) for name, column in results.items()}
 
 
 _cache: dict[Any, Callable] = {}
 
 
 def _compiled(run: Callable) -> Callable:
-    # A partial that was unpickled is equal to no other, and would be compiled for every chunk.
-    key = (run.func, run.args, tuple(run.keywords.items())) if isinstance(run, functools.partial) else run
     try:
-        return _cache.setdefault(key, jax.jit(jax.vmap(run)))
+        key = _identity(run)
+        if key not in _cache:
+            for old in list(_cache)[:-15]:  # a compiled program is large
+                _cache.pop(old, None)
+            _cache[key] = jax.jit(jax.vmap(run))
+        return _cache[key]
     except TypeError:  # something unhashable is bound to it
         return jax.jit(jax.vmap(run))
+
+
+def _identity(value: Any) -> Any:
+    """Equal for what computes the same. A partial that was unpickled is equal to no other, but 1 is to 1.0 and True."""
+    if isinstance(value, functools.partial):
+        return functools.partial, *map(_identity, (value.func, value.args, value.keywords))
+    leaves, structure = jax.tree.flatten(value)
+    if not (len(leaves) == 1 and leaves[0] is value):
+        return structure, *map(_identity, leaves)
+    if isinstance(value, jax.Array | np.ndarray):
+        return type(value), str(value.dtype), value.shape, np.asarray(value).tobytes()
+    return type(value), value.hex() if isinstance(value, float) else value
 
 
 # The table -----------------------------------------------------------------------------------------------------------
@@ -169,35 +199,47 @@ def _columns(points: Sequence[Mapping[str, Any]]) -> Columns:
     if len(points) == 0:
         raise ValueError("points must hold at least one point, got none")
     names = list(points[0])
+    if not names:
+        raise ValueError("points must have at least one name, got none")
     for i, point in enumerate(points):
         if set(point) != set(names):
             raise ValueError(f"points must all have the names {names}, got {list(point)} at index {i}")
         for name, value in point.items():
             if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
                 raise ValueError(f"points must hold integers and real numbers, got {name} = {value!r} at index {i}")
-    return {name: np.array([point[name] for point in points]) for name in names}
+    columns = {name: np.array([point[name] for point in points]) for name in names}
+    for name, column in columns.items():
+        # Of a larger integer JAX would drop the upper bits, and two seeds be the same.
+        if column.dtype == object or (column.dtype.kind in "iu" and (_as_jax_has_it(column) != column).any()):
+            bits = 64 if jax.config.read("jax_enable_x64") else 32
+            largest = max(column, key=abs)
+            raise ValueError(f"points must hold integers of at most {bits} bits, got {name} = {largest}")
+    return columns
 
 
-def _joined(columns: Columns, results: list[Columns]) -> Columns:
-    names = list(results[0])
+def _as_jax_has_it(column: np.ndarray) -> np.ndarray:
+    return column.astype(jax.dtypes.canonicalize_dtype(column.dtype))
+
+
+def _check_names(columns: Columns, first: Columns, result: Columns) -> None:
+    names = list(first)
     twice = sorted(set(names) & set(columns))
     if twice:
         raise ValueError(f"run must not return names of the points, got {twice}")
-    for result in results:
-        if set(result) != set(names):
-            raise ValueError(f"run must return the same names for all points, got {list(result)} beside {names}")
-    return columns | {name: np.concatenate([result[name] for result in results]) for name in names}
+    if set(result) != set(names):
+        raise ValueError(f"run must return the same names for all points, got {list(result)} beside {names}")
 
 
 # The store -----------------------------------------------------------------------------------------------------------
 
 _MAGIC = "scanrnn chunk 1"
+_PREFIX = "column "  # so that a column may be named as an argument of np.savez
 
 
 def _save(path: Path, key: str, result: Columns) -> None:
     """Atomically: the file is there as a whole or not at all, also if the machine stops in between."""
     buffer = io.BytesIO()
-    np.savez(buffer, **result)  # type: ignore[arg-type]
+    np.savez(buffer, **{_PREFIX + name: column for name, column in result.items()})  # type: ignore[arg-type]
     payload = buffer.getvalue()
     header = json.dumps({"format": _MAGIC, "key": key, "sha256": hashlib.sha256(payload).hexdigest()})
     try:
@@ -206,10 +248,10 @@ def _save(path: Path, key: str, result: Columns) -> None:
                 file.write(header.encode() + b"\n" + payload)
                 file.flush()
                 os.fsync(file.fileno())
+                os.replace(file.name, path)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
-        os.replace(file.name, path)
     except OSError as error:
         kept = len(list(path.parent.glob("*.chunk")))
         raise OSError(
@@ -236,7 +278,7 @@ def _load(path: Path, key: str) -> Columns | None:
         if header["sha256"] != hashlib.sha256(payload).hexdigest():
             raise ValueError("it is cut short or was changed")
         with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name.removeprefix(_PREFIX): arrays[name] for name in arrays.files}
     except (ValueError, KeyError, TypeError, OSError) as error:
         foreign = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | KeyError | TypeError)
         reason = "it is no chunk of a sweep" if foreign else error
@@ -257,25 +299,28 @@ def _remove_leftovers(store: Path) -> None:
 # What determines a chunk ---------------------------------------------------------------------------------------------
 
 
+_VERSIONED = ("jax", "jaxlib", "numpy", "equinox", "optax")
+
+
 def _describe_run(run: Callable) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "equinox", "optax")}
     return {
         "run": _describe(run),
-        "library": _library_digest(),
-        "versions": versions,
+        "library": _LIBRARY,
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
         "x64": bool(jax.config.read("jax_enable_x64")),
         "backend": jax.default_backend(),
     }
 
 
-@functools.cache
 def _library_digest() -> str:
-    """Of the sources as they were when first asked for, which are those that were imported or close to it."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+_LIBRARY = _library_digest()  # of the sources as they were when they were imported: later they may be edited
 
 
 def _describe(value: Any) -> Any:
@@ -286,17 +331,17 @@ def _describe(value: Any) -> Any:
             "arguments": _describe(value.args),
             "keywords": _describe(value.keywords),
         }
-    if isinstance(value, types.FunctionType | type):
-        return _describe_function(value)
+    if isinstance(value, types.FunctionType | type) or (hasattr(value, "__qualname__") and _root(value) in _VERSIONED):
+        return _describe_function(value)  # jnp.tanh is no function to Python
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, float):
+    if isinstance(value, float) and not isinstance(value, np.generic):  # NumPy's float64 has a precision to insist on
         return {"float": value.hex()}
     if isinstance(value, Mapping):
         return {"mapping": [[_describe(k), _describe(v)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         return [_describe(item) for item in value]
-    if eqx.is_array(value) or isinstance(value, np.generic):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         array = np.asarray(value)
         return {"array": [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]}
     raise TypeError(
@@ -305,21 +350,43 @@ def _describe(value: Any) -> Any:
     )
 
 
-def _describe_function(function: Any) -> dict[str, str]:
+def _root(function: Any) -> str:
+    return (function.__module__ or "").split(".")[0]
+
+
+def _describe_function(function: Any) -> dict[str, Any]:
     name = f"{function.__module__}.{function.__qualname__}"
-    if function.__module__.split(".")[0] == __name__.split(".")[0]:
-        return {"name": name}  # the library's digest says the rest
     if getattr(function, "__closure__", None):
         held = ", ".join(function.__code__.co_freevars)
         raise ValueError(
             f"with a store, run must not hold variables of its surroundings, got {name} with {held}: "
             "bind them with functools.partial"
         )
+    about: dict[str, Any] = {"name": name}
+    if isinstance(function, types.FunctionType):
+        about["code"] = _describe_code(function.__code__)
+    if _root(function) in (__name__.split(".")[0], *_VERSIONED):
+        return about  # the library's digest or the version says the rest
+    if isinstance(function, types.FunctionType):
+        about["defaults"] = _describe([function.__defaults__, function.__kwdefaults__])
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):
         raise TypeError(f"with a store, the source of {name} must be at hand, and is not") from None
-    return {"name": name, "source": hashlib.sha256(source.encode()).hexdigest()}
+    return about | {"source": hashlib.sha256(source.encode()).hexdigest()}
+
+
+def _describe_code(code: types.CodeType) -> list[Any]:
+    """What is run; the source may be another by now, and is that of a whole line, which may hold several lambdas."""
+    constants = [
+        _describe_code(value)
+        if isinstance(value, types.CodeType)
+        else sorted(map(repr, value))  # in the order of their hashes, which differ between processes
+        if isinstance(value, frozenset)
+        else repr(value)
+        for value in code.co_consts
+    ]
+    return [code.co_code.hex(), list(code.co_names), constants]
 
 
 def _exact(part: Columns) -> dict[str, Any]:

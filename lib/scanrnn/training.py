@@ -18,10 +18,11 @@ import jax.random as jr
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
-from ._checks import is_abstract, require_finite, require_integer
+from ._checks import is_abstract, require_finite, require_integer, require_values
 
 
 class History(NamedTuple):
@@ -122,6 +123,49 @@ def train(
                 del _bars[number]
     _warn("train", steps, result[2])
     return result
+
+
+def levenberg_marquardt(
+    residuals: Callable[[Any], Float[Array, " residuals"]], parameters: PyTree, steps: int, *, damping: float = 1e-3
+) -> tuple[PyTree, Record]:
+    r"""`steps` damped Gauss-Newton steps down $L=\tfrac12|r|^2$, for more parameters than residuals.
+
+    $$p_{k+1}=p_k-J^\top(JJ^\top+\mu_kI)^{-1}r_k,\qquad J=\partial r/\partial p,$$
+
+    if that lowers the loss, and then $\mu_{k+1}=\mu_k/3$; otherwise $p_{k+1}=p_k$ and $\mu_{k+1}=4\mu_k$. The first μ
+    is `damping` times the largest diagonal entry of $JJ^\top$. The system to solve has the size of the residuals;
+    Optimistix has the usual form, for many residuals and few parameters. Steps do not change when parameters are
+    rotated; without the damping, what they do to the residuals would not change in any other coordinates either.
+
+    **Returns** the parameters, and the `Record`, whose `observed` are the μ. Batched with `jax.vmap`. Raises
+    `ValueError` and `TypeError` as `descend` does for its parameters and steps, and unless `damping` is positive.
+    """
+    _check(lambda p: 0.5 * jnp.sum(residuals(p) ** 2), parameters, optax.identity(), steps)
+    require_values("damping", damping, "positive and finite", lambda x: (x > 0) & np.isfinite(x))
+    return _levenberg_marquardt(residuals, parameters, steps, damping)
+
+
+@eqx.filter_jit
+def _levenberg_marquardt(residuals: Callable, parameters: PyTree, steps: int, damping: float) -> tuple[PyTree, Record]:
+    trained, rest = eqx.partition(parameters, eqx.is_inexact_array)
+    start, unravel = ravel_pytree(trained)
+    at = lambda p: jnp.ravel(residuals(eqx.combine(unravel(p), rest)))  # noqa: E731
+
+    def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+        p, r, mu, taken = carry
+        jacobian = jax.jacrev(at)(p)
+        gram = jacobian @ jacobian.T
+        mu = jnp.where(taken == 0, damping * jnp.max(jnp.diag(gram)), mu)
+        factor = jax.scipy.linalg.cho_factor(gram + mu * jnp.eye(len(r), dtype=r.dtype))
+        trial = p - jacobian.T @ jax.scipy.linalg.cho_solve(factor, r)
+        r_trial = at(trial)
+        loss, better = 0.5 * jnp.sum(r**2), jnp.sum(r_trial**2) < jnp.sum(r**2)  # false if not finite
+        p, r = jnp.where(better, trial, p), jnp.where(better, r_trial, r)
+        return (p, r, jnp.where(better, mu / 3, 4 * mu), taken + 1), (loss, mu)
+
+    carry = start, at(start), jnp.zeros((), start.dtype), jnp.array(0)
+    (end, _, _, taken), (losses, dampings) = lax.scan(step, carry, length=steps)
+    return eqx.combine(unravel(end), rest), Record(losses, dampings, taken)
 
 
 @eqx.filter_jit  # without it, each eager call would compile anew

@@ -23,7 +23,7 @@ from ._linear import (
     state_overlap,
     state_variance,
 )
-from ._population import finite_hessian_overlap, population_loss, sampled_loss
+from ._population import eigenvalue_hessian, finite_hessian_overlap, population_loss, sampled_loss
 from ._random_networks import (
     GainSensitivity,
     MeanField,
@@ -40,6 +40,7 @@ __all__ = [
     "GainSensitivity",
     "MeanField",
     "SpectralMoments",
+    "eigenvalue_hessian",
     "finite_hessian_overlap",
     "gain_sensitivity",
     "gaussian_log_determinant",
