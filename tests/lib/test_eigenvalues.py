@@ -15,20 +15,24 @@ from hypothesis import strategies as st
 
 from scanrnn.eigenvalues import (
     Cartesian,
+    DirectNormalizer,
     Eigenvalues,
     Exponential,
+    ExponentialModulus,
     LearnedNormalizer,
     Optimal,
     Polar,
     normalizer,
     ring,
+    squash_spectrum,
 )
+from scanrnn.layers import DiagonalRNN
 from scanrnn.recurrence import linear_recurrence
 from scanrnn.sensitivity import estimate
 from scanrnn.tasks import autoregressive
 from scanrnn.theory import one_dim_hessian, one_dim_loss, state_variance
 
-ALL = (Cartesian, Polar, Exponential, Optimal)
+ALL = (Cartesian, Polar, Exponential, ExponentialModulus, Optimal)
 parametrizations = pytest.mark.parametrize("parametrization", ALL)
 
 moduli = st.one_of(
@@ -62,7 +66,7 @@ def test_from_eigenvalues_and_back(parametrization, nu, theta):
     np.testing.assert_allclose(module(), lam, rtol=0, atol=1e-12 * abs(lam))
 
 
-@pytest.mark.parametrize("parametrization", [Cartesian, Polar, Optimal])
+@pytest.mark.parametrize("parametrization", [Cartesian, Polar, ExponentialModulus, Optimal])
 def test_the_phase_zero_and_real_eigenvalues(parametrization):
     lam = jnp.array([0.5, 1e-6, 0.999, -0.3])
     module = parametrization.from_eigenvalues(lam)
@@ -80,6 +84,8 @@ def test_the_parameters_are_what_the_docstrings_say():
     close([polar.nu, polar.theta], [nu, theta])
     exponential = Exponential.from_eigenvalues(lam)  # phases counted in (0, 2π)
     close([exponential.omega_nu, exponential.omega_theta], [np.log(-np.log(nu)), np.log(theta + 2 * np.pi)])
+    signed = ExponentialModulus.from_eigenvalues(lam)
+    close([signed.omega_nu, signed.theta], [np.log(-np.log(nu)), theta])
     optimal = Optimal.from_eigenvalues(lam)
     factor = nu * np.sqrt(1 + nu**2) / (1 - nu**2)
     close([optimal.omega_nu, optimal.omega_theta], [np.arctanh(nu), theta * factor])
@@ -139,13 +145,16 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 @example(omega_nu=-40.0, omega_theta=0.0)  # exp(-e^-40) is 1 when rounded
 @example(omega_nu=-1e300, omega_theta=-1e300)
 @example(omega_nu=1e300, omega_theta=700.0)
-def test_the_exponential_one_stays_in_the_disc(omega_nu, omega_theta):
+def test_the_exponential_ones_stay_in_the_disc(omega_nu, omega_theta):
     for dtype in (jnp.float64, jnp.float32):
         # beyond, e^{ω_θ} overflows and the phase is lost
         angle = min(omega_theta, 80.0) if dtype == jnp.float32 else omega_theta
-        lam = Exponential(jnp.asarray(np.clip(omega_nu, -1e38, 1e38), dtype), jnp.asarray(max(angle, -1e38), dtype))()
-        assert jnp.abs(lam) < 1
-        assert state_variance(lam) >= 1  # and the theory takes it
+        modulus = jnp.asarray(np.clip(omega_nu, -1e38, 1e38), dtype)
+        by_logarithm = Exponential(modulus, jnp.asarray(max(angle, -1e38), dtype))()
+        signed = ExponentialModulus(modulus, jnp.asarray(np.clip(omega_theta, -1e3, 1e3), dtype))()
+        for lam in (by_logarithm, signed):
+            assert jnp.abs(lam) < 1
+            assert state_variance(lam) >= 1  # and the theory takes it
 
 
 @settings(deadline=None)
@@ -243,6 +252,15 @@ def test_the_polar_curvature_is_the_library_s():
     np.testing.assert_allclose(curvature(Polar, lam) / scale, expected / scale, rtol=1e-6, atol=1e-6)
 
 
+def test_the_curvature_of_a_signed_phase_is_the_exponential_one_in_the_modulus_and_the_polar_one_in_the_phase():
+    nu, theta = grid()
+    hessian = curvature(ExponentialModulus, jnp.asarray(nu * np.exp(1j * theta)))
+    of_modulus, of_phase = (nu * np.log(nu) / (1 - nu**2)) ** 2, nu**2 * (1 + nu**2) / (1 - nu**2) ** 2
+    np.testing.assert_allclose(hessian[:, 0, 0], of_modulus, rtol=1e-6)
+    np.testing.assert_allclose(hessian[:, 1, 1], of_phase, rtol=1e-6)
+    np.testing.assert_allclose(hessian[:, 0, 1] / np.sqrt(of_modulus * of_phase), 0.0, rtol=0, atol=1e-6)
+
+
 # --- the ring ---------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +329,122 @@ def test_bad_rings_are_refused():
     assert jnp.isfinite(traced(0.7)).all()
 
 
+# --- a spectrum moved into a ring ------------------------------------------------------------------------------------
+
+
+def gaussian(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-1])
+
+
+squash = jax.jit(squash_spectrum)
+
+
+def eigensystem(matrix):
+    """Eigenvalues, eigenvectors and how much both are amplified by them: the condition of the eigenvectors."""
+    lam, vectors = np.linalg.eig(matrix)
+    return lam, vectors, np.linalg.cond(vectors)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n=st.sampled_from([1, 2, 3, 8]),
+    low=st.floats(0, 1),
+    high=st.floats(0, 1),
+    max_phase=st.one_of(st.just(np.pi), st.floats(0, np.pi)),
+)
+@example(seed=0, n=8, low=0.0, high=1.0, max_phase=np.pi)
+@example(seed=0, n=8, low=0.99, high=1.0, max_phase=0.0)
+def test_eigenvectors_stay_and_eigenvalues_move_by_the_law(seed, n, low, high, max_phase):
+    low, high = sorted((low, high))
+    matrix = gaussian(seed, n, n)
+    lam, vectors, condition = eigensystem(matrix)
+    moved = (low + (high - low) * np.tanh(np.abs(lam))) * np.exp(1j * np.angle(lam) * max_phase / np.pi)
+    # what no conjugate balances keeps its real part: for a real negative eigenvalue |l'| cos(max_phase)
+    moved = np.where(np.imag(lam) == 0, moved.real, moved)
+    result = squash(jnp.asarray(matrix), min_modulus=low, max_modulus=high, max_phase=max_phase)
+    assert result.dtype == float
+    assert result.shape == (n, n)
+    # V and l are found with an error of cond(V) n eps, and once more amplified by V⁻¹
+    error = np.abs(np.asarray(result) @ vectors - vectors * moved).max()
+    assert error < 10 * n * condition**2 * np.finfo(float).eps
+
+
+def test_moduli_and_phases_after_the_squash():
+    matrix = gaussian(1, 200, 12, 12)
+    low, high, max_phase = 0.9, 0.95, 1.0
+    lam = np.linalg.eigvals(np.asarray(squash(matrix, min_modulus=low, max_modulus=high, max_phase=max_phase)))
+    is_complex = np.abs(lam.imag) > 1e-6
+    real = lam[~is_complex].real
+    assert is_complex.sum() > 1000
+    assert len(real) > 200
+    # conjugate pairs stay in the ring and in the sector
+    moduli, phases = np.abs(lam[is_complex]), np.abs(np.angle(lam[is_complex]))
+    assert ((moduli > low - 1e-9) & (moduli < high)).all()
+    assert phases.max() < max_phase
+    assert (np.sort(lam.imag) + np.sort(lam.imag)[:, ::-1] < 1e-9).all()
+    # real ones: positive, and those that were negative shortened by cos(max_phase)
+    kept, shortened = real[real > 0.75], real[real < 0.75]
+    assert ((kept > low - 1e-9) & (kept < high)).all()
+    assert ((shortened > (low - 1e-9) * np.cos(max_phase)) & (shortened < high * np.cos(max_phase))).all()
+    assert 0.3 < len(kept) / len(real) < 0.7
+
+
+def test_the_squash_of_known_matrices():
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-14)
+    tanh = partial(squash_spectrum, min_modulus=0.2, max_modulus=0.7)
+    of = lambda modulus: 0.2 + 0.5 * np.tanh(modulus)  # noqa: E731
+    close(tanh(jnp.diag(jnp.array([2.0, -0.5, 0.0]))), np.diag([of(2), -of(0.5), of(0)]))
+    close(tanh(jnp.diag(jnp.array([2.0, -0.5])), max_phase=1.0), np.diag([of(2), of(0.5) * np.cos(1)]))
+    close(tanh(jnp.diag(jnp.array([2.0, -0.5])), max_phase=np.pi / 2), np.diag([of(2), 0]))
+    turn = lambda angle: np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])  # noqa: E731
+    close(tanh(jnp.asarray(3 * turn(2.0)), max_phase=0.6), of(3) * turn(2 * 0.6 / np.pi))
+    # triangular: the eigenvectors (1, 0) and (1, 1) stay, which the transposed matrix does not have
+    sheared = tanh(jnp.array([[1.0, 1.0], [0.0, 2.0]]))
+    close(sheared, [[of(1), of(2) - of(1)], [0, of(2)]])
+
+
+def test_a_batch_of_matrices_and_their_precision():
+    matrices = gaussian(2, 3, 2, 5, 5)
+    together = squash_spectrum(jnp.asarray(matrices), min_modulus=0.3, max_phase=2.0)
+    assert together.shape == (3, 2, 5, 5)
+    alone = [squash_spectrum(jnp.asarray(m), min_modulus=0.3, max_phase=2.0) for m in matrices.reshape(-1, 5, 5)]
+    np.testing.assert_allclose(together.reshape(-1, 5, 5), np.stack(alone), rtol=0, atol=1e-12)
+    single = squash_spectrum(jnp.asarray(matrices, jnp.float32), min_modulus=0.3, max_phase=2.0)
+    assert single.dtype == jnp.float32
+    np.testing.assert_allclose(single, together, rtol=0, atol=1e-4)  # amplified by eigenvectors, twice
+
+
+def test_a_squash_that_is_not_possible_is_refused():
+    matrix = jnp.eye(3)
+    for high in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match=rf"^max_modulus must be between 0 and 1, got {high}$"):
+            squash_spectrum(matrix, min_modulus=0.0, max_modulus=high)
+    for low in (-0.1, 0.6, np.nan):
+        with pytest.raises(ValueError, match=rf"^min_modulus must be between 0 and max_modulus = 0\.5, got {low}$"):
+            squash_spectrum(matrix, min_modulus=low, max_modulus=0.5)
+    for phase in (-0.1, 3.2, np.nan):
+        with pytest.raises(ValueError, match=rf"^max_phase must be between 0 and π, got {phase}$"):
+            squash_spectrum(matrix, min_modulus=0.0, max_phase=phase)
+    for shape in ((3,), (), (3, 2), (3, 3, 2)):
+        with pytest.raises(ValueError, match=rf"^matrix must be square, .* got shape {re.escape(str(shape))}$"):
+            squash_spectrum(jnp.ones(shape), min_modulus=0.0)
+    with pytest.raises(TypeError, match=r"^matrix must be floating point .* got int64$"):
+        squash_spectrum(jnp.eye(3, dtype=int), min_modulus=0.0)
+
+
+def test_a_traced_squash_that_is_not_possible_gives_nan():
+    allowed = {"min_modulus": 0.5, "max_modulus": 0.9, "max_phase": 1.0}
+    assert jnp.isfinite(squash(jnp.asarray(gaussian(3, 4, 4)), **allowed)).all()
+    for name, values in {
+        "min_modulus": (-0.1, 0.95, np.nan),
+        "max_modulus": (0.4, 1.1, np.nan),
+        "max_phase": (-0.1, 3.2, np.nan),
+    }.items():
+        for value in values:
+            assert jnp.isnan(squash(jnp.asarray(gaussian(3, 4, 4)), **(allowed | {name: value}))).all(), (name, value)
+
+
 # --- normalisers ------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +481,25 @@ def test_a_learned_normalizer_starts_there_and_then_ignores_the_eigenvalues():
     np.testing.assert_allclose(tied, -0.6 / 0.8, rtol=1e-14)
 
 
+def test_a_direct_normalizer_is_its_parameter_and_ignores_the_eigenvalues():
+    lam, gamma = ring(jr.key(0), 5, min_modulus=0.5, max_modulus=0.99), jnp.array([0.5, -0.5, 0.0, 2.0, 1e-9])
+    module = DirectNormalizer(gamma)
+    np.testing.assert_array_equal(module(lam), gamma)  # also negative
+    np.testing.assert_array_equal(module(0 * lam), gamma)
+    assert jax.grad(lambda x: jnp.sum(module(x * lam)))(1.0) == 0
+    slopes = jax.grad(lambda module: jnp.sum(module(lam) ** 2))(module)
+    np.testing.assert_array_equal(slopes.gamma, 2 * gamma)  # γ itself is the parameter, not its logarithm
+    # in a layer it scales what each state is given
+    plain, scaled = (
+        DiagonalRNN(2, 5, 1, eigenvalues=Cartesian.from_eigenvalues(lam), normalization=n, key=jr.key(1))
+        for n in (None, module)
+    )
+    inputs = jr.normal(jr.key(2), (6, 2))
+    # relative to each state: products by γ are rounded at another place, six times
+    want = gamma * plain.states(inputs)
+    np.testing.assert_allclose(scaled.states(inputs), want, rtol=1e-13, atol=1e-15)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -361,7 +514,7 @@ def test_eigenvalues_outside_the_disc_are_refused(parametrization, bad):
 
 
 def test_where_there_is_no_logarithm_or_no_phase_it_is_an_error():
-    for parametrization in (Exponential, Optimal):
+    for parametrization in (Exponential, ExponentialModulus, Optimal):
         with pytest.raises(ValueError, match=r"^lam must be nonzero, got 0j at index \(1,\)$"):
             parametrization.from_eigenvalues(jnp.array([0.5j, 0.0]))
     for lam in (0.5, 0.5 + 0j, complex(0.5, -0.0)):
@@ -375,7 +528,7 @@ def test_where_there_is_no_logarithm_or_no_phase_it_is_an_error():
 def test_traced_eigenvalues_that_are_not_allowed_give_nan(parametrization):
     lam = jnp.array([0.5j, 1.0, -1.0, 2j, jnp.nan, 0.8 + 0.8j, 0.0, 0.5])
     traced = jnp.isnan(jax.jit(lambda z: parametrization.from_eigenvalues(z)())(lam))
-    zero, positive = parametrization in (Exponential, Optimal), parametrization is Exponential
+    zero, positive = parametrization not in (Cartesian, Polar), parametrization is Exponential
     np.testing.assert_array_equal(traced, [False, True, True, True, True, True, zero, positive])
 
 

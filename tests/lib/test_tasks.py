@@ -1,5 +1,8 @@
 """Input processes against the moments that they promise."""
 
+import json
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -8,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scanrnn.tasks import autoregressive, oscillation
+from scanrnn import _resources
+from scanrnn.tasks import LinearTeacher, autoregressive, oscillation
+from scanrnn.theory import population_loss
 
 COPIES, LENGTH = 20_000, 6
 draw = jax.jit(lambda key, rho: autoregressive(key, LENGTH, rho, (COPIES,)))
@@ -139,3 +144,127 @@ def test_oscillation_refuses(arguments, message):
 
 def test_a_traced_persistence_outside_its_range_gives_nan():
     assert jnp.isnan(jax.jit(lambda r: oscillation(jr.key(0), 5, r, 1.0))(1.5)).all()
+
+
+# --- a teacher --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_a_sample_of_the_teacher_is_its_input_convolved_with_its_impulse_response(length):
+    teacher = LinearTeacher(10, min_modulus=0.9, key=jr.key(0))
+    inputs, outputs = teacher.sample(jr.key(1), length)
+    assert inputs.shape == outputs.shape == (length, 1)
+    np.testing.assert_array_equal(inputs, jr.normal(jr.key(1), (length, 1)))
+    kernel = np.asarray(teacher.impulse_response(length))
+    assert kernel.shape == (length, 1, 1)
+    x = np.asarray(inputs)[:, 0]
+    want = np.convolve(kernel[:, 0, 0], x)[:length]
+    # 40 steps of 10 products, then as many of sums, none of which amplifies: relative to the largest possible sum
+    scale = np.convolve(np.abs(kernel[:, 0, 0]), np.abs(x))[:length].max()
+    np.testing.assert_allclose(outputs[:, 0], want, rtol=0, atol=40 * 20 * np.finfo(float).eps * scale)
+    # by the definition: C A^k B, D more at 0
+    system = teacher.system
+    A, B, C, D = map(np.asarray, (system.matrix(), system.input_weight, system.output_weight, system.feedthrough))
+    powers = np.array([C @ np.linalg.matrix_power(A, k) @ B + (D if k == 0 else 0) for k in range(length)])
+    np.testing.assert_allclose(kernel, powers, rtol=0, atol=40 * 20 * np.finfo(float).eps * np.abs(powers).max())
+    np.testing.assert_array_equal(teacher.eigenvalues(), system.eigenvalues())
+
+
+def test_the_law_of_fresh_teachers():
+    n, count = 10, 400
+    make = lambda key: LinearTeacher(n, min_modulus=0.5, max_modulus=0.9, max_phase=1.0, key=key).system  # noqa: E731
+    systems = eqx.filter_jit(eqx.filter_vmap(make))(jr.split(jr.key(0), count))
+    assert systems.recurrent.shape == (count, 1, n, n)
+    for name, variance in {"input_weight": 1, "output_weight": 1 / n, "feedthrough": 1}.items():
+        draws = np.asarray(getattr(systems, name)).ravel()
+        assert abs(draws.mean()) < 4 * np.sqrt(variance / draws.size), name
+        assert abs(draws.var() / variance - 1) < 4 * np.sqrt(2 / draws.size), name
+        assert abs(np.mean(draws**4) / variance**2 - 3) < 4 * np.sqrt(96 / draws.size), name  # not truncated
+    lam = np.linalg.eigvals(np.asarray(systems.recurrent)[:, 0])
+    pairs = lam[np.abs(np.imag(lam)) > 1e-6]
+    assert len(pairs) > 2000
+    assert ((np.abs(pairs) > 0.5 - 1e-9) & (np.abs(pairs) < 0.9)).all()
+    assert np.abs(np.angle(pairs)).max() < 1
+    # undo it: with all phases kept, the matrix behind has independent entries N(0, 1/n)
+    whole = LinearTeacher(80, min_modulus=0.5, max_modulus=0.9, key=jr.key(1)).system.matrix()
+    lam, vectors = np.linalg.eig(np.asarray(whole))
+    before = np.arctanh((np.abs(lam) - 0.5) / 0.4) * np.exp(1j * np.angle(lam))
+    entries = np.real((vectors * before) @ np.linalg.inv(vectors)).ravel()
+    assert abs(entries.mean()) < 4 * np.sqrt(1 / 80 / 6400)
+    assert abs(entries.var() * 80 - 1) < 4 * np.sqrt(2 / 6400)
+
+
+def test_the_key_makes_the_teacher():
+    one, again, other = (LinearTeacher(4, min_modulus=0.5, key=jr.key(k)) for k in (0, 0, 1))
+    assert eqx.tree_equal(one, again)
+    for leaf, another in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (leaf != another).all()
+    np.testing.assert_array_equal(one.sample(jr.key(2), 5)[1], again.sample(jr.key(2), 5)[1])
+    assert (one.sample(jr.key(2), 5)[0] != one.sample(jr.key(3), 5)[0]).all()
+
+
+@pytest.fixture(params=["float64", "float32"])
+def precision(request):
+    """As in the other tests, or as the paper's code: JAX's default."""
+    jax.config.update("jax_enable_x64", request.param == "float64")
+    yield jnp.dtype(request.param)
+    jax.config.update("jax_enable_x64", True)
+
+
+def test_the_released_teacher_is_the_paper_s(precision):
+    teacher = LinearTeacher.released(min_modulus=0.99)
+    assert all(leaf.dtype == precision for leaf in jax.tree.leaves(teacher))
+    kernel = teacher.impulse_response(300)
+    # the published loss of predicting zero, and the slowest of the published eigenvalues, to the digits given
+    np.testing.assert_allclose(population_loss(jnp.zeros_like(kernel), kernel), 118.686, rtol=1e-4)
+    np.testing.assert_allclose(jnp.abs(teacher.eigenvalues()).max(), 0.996875, rtol=0, atol=1e-5)
+
+
+def test_the_released_teacher_keeps_the_draws_it_was_made_of():
+    draws = json.loads(_resources.find("results/zo24-teacher.json").read_text(encoding="utf-8"))
+    system = LinearTeacher.released(min_modulus=0.9, max_phase=1.0).system
+    for name, field in (("B", "input_weight"), ("C", "output_weight"), ("D", "feedthrough")):
+        np.testing.assert_array_equal(getattr(system, field), draws[name])
+    matrix = np.array(draws["A0"])
+    lam, vectors = np.linalg.eig(matrix)
+    moved = (0.9 + 0.1 * np.tanh(np.abs(lam))) * np.exp(1j * np.angle(lam) / np.pi)
+    moved = np.where(np.imag(lam) == 0, moved.real, moved)
+    # V and λ to rounding, amplified twice by the condition of V
+    rounding = 100 * np.finfo(float).eps * np.linalg.cond(vectors) ** 2
+    assert rounding < 1e-9
+    np.testing.assert_allclose(np.asarray(system.matrix()) @ vectors, vectors * moved, rtol=0, atol=rounding)
+    default, at_the_paper_s_phase = (
+        LinearTeacher.released(min_modulus=0.9, **options) for options in ({}, {"max_phase": 3.14})
+    )
+    assert eqx.tree_equal(default, at_the_paper_s_phase)
+    assert not eqx.tree_equal(default, LinearTeacher.released(min_modulus=0.9, max_phase=np.pi))
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "error", "message"),
+    [
+        (0, {"min_modulus": 0.5}, ValueError, "d_hidden must be at least 1, got 0"),
+        (2.0, {"min_modulus": 0.5}, TypeError, r"d_hidden must be an integer, got 2\.0"),
+        (3, {"min_modulus": -0.1}, ValueError, "min_modulus must be between 0 and max_modulus = 1.0, got -0.1"),
+        (3, {"min_modulus": 0.9, "max_modulus": 0.8}, ValueError, "min_modulus must be .* = 0.8, got 0.9"),
+        (3, {"min_modulus": 0.5, "max_modulus": 1.1}, ValueError, "max_modulus must be between 0 and 1, got 1.1"),
+        (3, {"min_modulus": 0.5, "max_phase": 3.2}, ValueError, "max_phase must be between 0 and π, got 3.2"),
+    ],
+)
+def test_teachers_that_cannot_be_are_refused(size, options, error, message):
+    with pytest.raises(error, match=message):
+        LinearTeacher(size, **options, key=jr.key(0))
+    if size == 3 and "max_modulus" not in options:
+        with pytest.raises(error, match=message):
+            LinearTeacher.released(**options)
+
+
+def test_samples_of_no_length_are_refused_and_traced_teachers_out_of_range_are_nan():
+    teacher = LinearTeacher(3, min_modulus=0.5, key=jr.key(0))
+    for call in (teacher.impulse_response, lambda length: teacher.sample(jr.key(0), length)):
+        with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+            call(0)
+        with pytest.raises(TypeError, match=r"length must be an integer, got 5\.0"):
+            call(5.0)  # pyright: ignore[reportArgumentType]
+    kernel = jax.jit(jax.vmap(lambda low: LinearTeacher.released(min_modulus=low).impulse_response(6)[:, 0, 0]))
+    np.testing.assert_array_equal(jnp.isnan(kernel(jnp.array([0.5, 1.5]))).any(axis=1), [False, True])

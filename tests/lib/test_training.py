@@ -1,6 +1,7 @@
 """Descent in one scan, against the same steps taken one by one and against closed forms."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import Array
 
-from scanrnn.training import descend
+from scanrnn import training
+from scanrnn.training import descend, train
 
 
 class Line(eqx.Module):
@@ -195,3 +197,277 @@ def test_refuses(arguments, error, message):
     fitting = {"loss": jnp.square, "parameters": jnp.array(1.0), "optimizer": optax.sgd(0.1), "steps": 3}
     with pytest.raises(error, match=message):
         descend(**(fitting | arguments))
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def noisy(model: Line, key) -> Array:
+    """A loss that draws its sample."""
+    x = jr.normal(key, (7,))
+    return jnp.mean((jax.vmap(model)(x) - jnp.tanh(2 * x + 1)) ** 2)
+
+
+LOOPS = pytest.mark.parametrize("optimizer", optimizers.values(), ids=optimizers.keys())
+
+
+def by_hand(loss, optimizer, steps):
+    """A plain loop: models before each step and after the last, losses, states of the optimiser before each step."""
+    model, models, losses, states = line(), [], [], []
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+        for k in range(steps):
+            value, gradient = eqx.filter_value_and_grad(loss)(model, k)
+            models.append(model)
+            losses.append(value)
+            states.append(state)
+            updates, state = optimizer.update(gradient, state, eqx.filter(model, eqx.is_inexact_array))
+            model = eqx.apply_updates(model, updates)
+    return [*models, model], losses, [*states, state]
+
+
+# Compiled and eager arithmetic differ by a rounding or two a step; twelve steps amplify little, as with `descend`.
+same: Any = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def assert_same_leaves(got, want):
+    got, want = (jax.tree.leaves(eqx.filter(tree, eqx.is_array)) for tree in (got, want))
+    assert len(got) == len(want) > 0
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, **same)
+
+
+@LOOPS
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("every", [1, 4, 12])
+def test_train_takes_the_steps_of_a_loop_and_returns_the_state(optimizer, stochastic, every):
+    key = jr.key(5)
+    loss = (lambda model, k: noisy(model, jr.fold_in(key, k))) if stochastic else lambda model, k: misfit(model)
+    models, losses, states = by_hand(loss, optimizer, 12)
+    trained, state, record = (
+        train(noisy, line(), optimizer, 12, key=key, every=every)
+        if stochastic
+        else train(misfit, line(), optimizer, 12, every=every)
+    )
+    assert_same_leaves(trained, models[-1])
+    assert trained.activation is jnp.tanh
+    assert jax.tree.structure(state) == jax.tree.structure(states[-1])
+    if jax.tree.leaves(state):  # plain gradient descent has none
+        assert_same_leaves(state, states[-1])
+    np.testing.assert_allclose(record.loss, losses, **same)
+    assert record.observed is None
+    assert record.steps_taken == 12
+
+
+def test_each_step_draws_with_its_own_key():
+    def loss(p, key):
+        return p + jr.normal(key)  # a gradient of 1, so that p counts down
+
+    trained, _, record = train(loss, jnp.array(0.0), count_down(), 20, key=jr.key(3), every=5)
+    drawn = jnp.stack([jr.normal(jr.fold_in(jr.key(3), k)) for k in range(20)])
+    np.testing.assert_allclose(record.loss, drawn - np.arange(20), rtol=0, atol=1e-14)
+    assert trained == -20
+    assert not jnp.isclose(train(loss, jnp.array(0.0), count_down(), 20, key=jr.key(4))[2].loss, record.loss).any()
+
+
+@LOOPS
+@pytest.mark.parametrize("every", [1, 3, 12])
+def test_train_observes_before_every_few_steps(optimizer, every):
+    models, _, states = by_hand(lambda model, k: misfit(model), optimizer, 12)
+
+    def observe(model, state, k):
+        assert model.activation is jnp.tanh  # the whole model
+        return {"at": k, "slope": model.slope, "count": model.count, "state": state}
+
+    observed: Any = train(misfit, line(), optimizer, 12, observe=observe, every=every)[2].observed
+    steps = range(0, 12, every)
+    np.testing.assert_array_equal(observed["at"], steps)
+    np.testing.assert_array_equal(observed["count"], np.full(len(steps), 7))
+    np.testing.assert_allclose(observed["slope"], [models[k].slope for k in steps], **same)
+    leaves = [jax.tree.leaves(states[k]) for k in steps]
+    for got, want in zip(jax.tree.leaves(observed["state"]), zip(*leaves, strict=True), strict=True):
+        np.testing.assert_allclose(got, np.stack(want), **same)
+
+
+def test_descend_is_train_that_keeps_all_parameters():
+    optimizer = optimizers["schedule"]
+    trained, history = descend(misfit, line(), optimizer, 12)
+    keep = lambda model, state, k: eqx.filter(model, eqx.is_inexact_array)  # noqa: E731
+    other, _, record = train(misfit, line(), optimizer, 12, observe=keep)
+    assert eqx.tree_equal(trained, other)
+    assert eqx.tree_equal(history.parameters, record.observed)
+    np.testing.assert_array_equal(history.loss, record.loss)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(4, 2), (6, 1), (6, 3), (50, 10)])
+def test_train_stops_at_the_first_loss_that_is_not_finite(steps, every):
+    start = jnp.array(3.5)  # log of 3.5, 2.5, 1.5, 0.5, and then of -0.5
+    run = lambda: train(jnp.log, start, count_down(), steps, observe=lambda p, s, k: p, every=every)  # noqa: E731
+    if steps == 4:
+        trained, _, record = run()
+    else:
+        with pytest.warns(RuntimeWarning, match=f"^train stopped at step 4 of {steps}, where the loss .* nan"):
+            trained, _, record = run()
+    assert trained == -0.5
+    assert record.steps_taken == 4
+    np.testing.assert_array_equal(np.isfinite(record.loss), np.arange(steps) < 4)
+    np.testing.assert_array_equal(record.observed, np.maximum(3.5 - np.arange(0, steps, every), -0.5))
+
+
+def test_train_stops_at_the_first_gradient_that_is_not_finite_and_keeps_the_state():
+    root = lambda p: jnp.sqrt(jnp.abs(p))  # noqa: E731
+    optimizer = optax.chain(optax.scale_by_adam(), count_down())
+    with pytest.warns(RuntimeWarning, match="^train stopped at step 2 of 6, where the gradient was not finite"):
+        trained, state, record = train(root, jnp.array(2.0), optimizer, 6)
+    assert trained == 0
+    assert record.steps_taken == 2
+    np.testing.assert_array_equal(record.loss, np.sqrt([2.0, 1.0, 0, 0, 0, 0]))
+    assert state[0].count == 2  # two steps, not three
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_under_vmap_the_other_trainings_go_on():
+    def loss(p, key):
+        return jnp.log(p) + 0 * jr.normal(key)
+
+    run = lambda p, key: train(loss, p, count_down(), 6, key=key, every=2, observe=lambda p, s, k: p)  # noqa: E731
+    trained, _, record = jax.vmap(run)(jnp.array([3.5, 100.0, 1.5]), jr.split(jr.key(0), 3))
+    np.testing.assert_array_equal(record.steps_taken, [4, 6, 2])
+    np.testing.assert_array_equal(trained, [-0.5, 94.0, -0.5])
+    np.testing.assert_array_equal(record.observed, [[3.5, 1.5, -0.5], [100, 98, 96], [1.5, -0.5, -0.5]])
+    np.testing.assert_array_equal(np.isfinite(record.loss[1]), True)
+
+
+def test_vmap_over_keys_agrees_with_one_by_one():
+    keys = jr.split(jr.key(1), 3)
+    run = lambda key: train(noisy, line(), optax.adam(0.03), 10, key=key)  # noqa: E731
+    together = eqx.filter_vmap(run, out_axes=eqx.if_array(0))(keys)
+    for i, key in enumerate(keys):
+        alone = run(key)
+        for got, want in zip(*(jax.tree.leaves(eqx.filter(r, eqx.is_array)) for r in (together, alone)), strict=True):
+            np.testing.assert_allclose(got[i], want, **same)
+
+
+def test_train_keeps_single_precision():
+    start = jnp.ones(2, jnp.float32)
+    trained, state, record = train(lambda p: jnp.sum(p**2), start, optax.adam(np.float64(0.1)), 5)
+    assert trained.dtype == record.loss.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((state[0].mu, state[0].nu)))
+
+
+# --- the bar ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bar_shows_up_and_changes_no_number(capsys):
+    arguments = (noisy, line(), optax.adam(0.03), 40)
+    options = {"key": jr.key(0), "every": 10, "observe": lambda model, state, k: model.slope}
+    plain = train(*arguments, **options)
+    assert capsys.readouterr().err == ""
+    shown = train(*arguments, **options, progress=True)
+    bar = capsys.readouterr().err
+    assert "40/40" in bar
+    assert "step" in bar
+    assert f"loss {float(shown[2].loss[-1]):.3g}" in bar
+    for got, want in zip(*(jax.tree.leaves(eqx.filter(r, eqx.is_array)) for r in (shown, plain)), strict=True):
+        # the callback may keep XLA from fusing as before: a rounding or two a step
+        np.testing.assert_allclose(got, want, **same)
+
+
+class Recorder:
+    """In place of a bar: what it is told."""
+
+    made: list["Recorder"]
+
+    def __init__(self, total, unit):
+        self.total, self.n, self.seen = total, 0, []
+        self.made.append(self)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        return False
+
+    def set_postfix_str(self, text, refresh):
+        self.seen.append(text)
+
+    def update(self, by):
+        self.n += by
+        self.seen.append(self.n)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(training, "tqdm", type("Fresh", (Recorder,), {"made": []}))
+    return training.tqdm.made  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_bar_moves_every_few_steps_and_shows_the_loss_of_the_last_one(bars):
+    # p = 20, 19, ...: the loss of step k is 20 - k
+    train(lambda p: p, jnp.array(20.0), count_down(), 12, every=4, progress=True)
+    (bar,) = bars
+    assert bar.total == 12
+    assert bar.seen == ["loss 17", 4, "loss 13", 8, "loss 9", 12]
+    assert not training._bars  # nothing is left behind
+
+
+def test_a_second_training_with_a_bar_is_not_compiled_anew(bars):
+    traces = []
+
+    def loss(p):
+        traces.append(p)
+        return p**2
+
+    optimizer = optax.sgd(0.1)
+    counts = []
+    for start in (1.0, 2.0, 3.0):
+        train(loss, jnp.array(start), optimizer, 6, every=3, progress=True)
+        counts.append(len(traces))
+    assert len(bars) == 3
+    assert [bar.n for bar in bars] == [6, 6, 6]  # each call finds its own
+    # one trace a call checks the loss's shape and runs nothing
+    assert np.diff(counts).tolist() == [1, 1]
+    assert counts[0] > 1
+
+
+def test_a_bar_goes_away_after_an_error_or_a_divergence(bars, monkeypatch):
+    with pytest.warns(RuntimeWarning, match="stopped at step 4 of 6"):
+        train(jnp.log, jnp.array(3.5), count_down(), 6, every=3, progress=True)
+    assert bars[0].seen == ["loss 0.405", 3, "loss nan", 6]  # log 1.5; then stopped
+
+    def broken(*arguments):
+        assert training._bars
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(training, "_train", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        train(jnp.log, jnp.array(3.5), count_down(), 6, progress=True)
+    assert not training._bars
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 2.0}, TypeError, "steps must be an integer, got 2.0"),
+        ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+        ({"every": 1.0}, TypeError, "every must be an integer, got 1.0"),
+        ({"every": 4}, ValueError, "every must divide steps = 6, got 4"),
+        ({"every": 12}, ValueError, "every must divide steps = 6, got 12"),
+        ({"optimizer": 0.1}, TypeError, "optimizer must have init and update, .* got 0.1"),
+        ({"parameters": jnp.array(1j)}, TypeError, "parameters must be real .* got complex128"),
+        ({"parameters": jnp.array(1)}, ValueError, "parameters must hold a floating-point array, got .*i64"),
+        ({"parameters": jnp.array(jnp.nan)}, ValueError, "parameters must be finite, got nan"),
+        ({"loss": lambda p: jnp.stack([p, p])}, ValueError, r"loss must return a scalar, got shape \(2,\)"),
+        (
+            {"loss": lambda p, key: jr.normal(key, (2,)) * p, "key": jr.key(0)},
+            ValueError,
+            r"loss must return a scalar, got shape \(2,\)",
+        ),
+        ({"loss": lambda p: jax.lax.complex(p, p)}, TypeError, "loss must return a real .* got complex128"),
+    ],
+)
+def test_train_refuses(arguments, error, message):
+    fitting = {"loss": jnp.square, "parameters": jnp.array(1.0), "optimizer": optax.sgd(0.1), "steps": 6}
+    with pytest.raises(error, match=message):
+        train(**(fitting | arguments))

@@ -71,13 +71,13 @@ def finite_hessian_overlap(lam_i: ArrayLike, lam_j: ArrayLike, length: int, rho:
     """
     require_integer("length", length, minimum=1)
     require_rank("rho", rho, 0)
-    a, b, rho = _arguments.together(
+    a, b, correlation = _arguments.together(
         lam_i=_arguments.eigenvalue("lam_i", lam_i),
         lam_j=_arguments.eigenvalue("lam_j", lam_j),
         rho=_arguments.correlation("rho", rho),
     )
     with jax.numpy_dtype_promotion("standard"):
-        return _finite_overlap(a, b, rho.ravel()[0], length)
+        return _finite_overlap(a, b, correlation.ravel()[0], length)
 
 
 def eigenvalue_hessian(
