@@ -9,7 +9,7 @@ import base64
 import io
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -168,6 +168,55 @@ def theory_vs_measured(
     if residual_axes is not None:
         _draw_residuals(residual_axes, x, residuals, style)
     return Agreement(len(x), float(np.abs(residuals).max()), float(np.mean(np.abs(residuals) <= 2)))
+
+
+def runs(
+    axes: Axes,
+    positions: Real[ArrayLike, " groups"],
+    samples: Sequence[Real[ArrayLike, " runs"]],
+    *,
+    label: str | None = None,
+    shift: float = 0.0,
+    horizontal: bool = False,
+) -> None:
+    """Draw groups of runs, each run a dot, with a bar from the first to the third quartile and the median marked.
+
+    The losses, one array for each position, stand on a logarithmic axis: the vertical one, or with `horizontal` the
+    other. `shift` moves the groups along the axis of positions, by a factor if that is logarithmic. Runs that diverged
+    (values that are not finite) are drawn as crosses at the edge of the plot; none is left out.
+
+    **Raises** `ValueError` unless there are as many arrays as positions, each with at least one run, and all finite
+    values positive.
+    """
+    centres = _points("positions", positions)
+    samples = [np.asarray(sample, float) for sample in samples]
+    if len(samples) != len(centres) or any(sample.ndim != 1 or sample.size == 0 for sample in samples):
+        shapes = [sample.shape for sample in samples]
+        raise ValueError(f"samples must be {len(centres)} arrays of runs, one for each position, got shapes {shapes}")
+    for sample in samples:
+        _checks.require_values("samples", sample[np.isfinite(sample)], "positive", lambda array: array > 0)
+    (axes.set_xscale if horizontal else axes.set_yscale)("log")
+    logarithmic = (axes.get_yscale() if horizontal else axes.get_xscale()) == "log"
+    centres = centres * np.exp(shift) if logarithmic else centres + shift
+    order = (lambda x, y: (y, x)) if horizontal else (lambda x, y: (x, y))
+
+    def summary(sample: np.ndarray) -> np.ndarray:
+        finite = np.where(np.isfinite(sample), sample, np.inf)
+        return np.quantile(finite, [0.25, 0.5, 0.75], method="nearest")
+
+    low, middle, high = np.array([summary(sample) for sample in samples]).T
+    line = axes.plot(*order(centres, middle), label=label, linestyle="none", markersize=7, zorder=4)[0]
+    colour = line.get_color()
+    bars = (axes.hlines if horizontal else axes.vlines)(centres, low, high, color=colour, linewidth=3, alpha=0.45)
+    bars.set_zorder(2)
+    for position, sample in zip(centres, samples, strict=True):
+        good = sample[np.isfinite(sample)]
+        dots = order(np.full(good.shape, position), good)
+        axes.plot(*dots, linestyle="none", marker=".", color=colour, markersize=5, alpha=0.55, zorder=3)
+        if lost := len(sample) - len(good):
+            place = axes.get_yaxis_transform() if horizontal else axes.get_xaxis_transform()
+            axes.plot(*order(position, 0.985), "x", color=colour, markersize=7, transform=place, clip_on=False)
+            axes.annotate(f"{lost}", order(position, 0.985), xycoords=place, color=colour, fontsize=8)
 
 
 def residual_figure(*, xlabel: str, ylabel: str) -> tuple[Figure, tuple[Axes, Axes]]:
