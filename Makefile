@@ -5,6 +5,7 @@
 #   make serve        the book on http://127.0.0.1:8000
 #   make nightly      the tests that take long
 #   make bench        benchmarks
+#   make paper        the sweeps at the paper's scale, hours in all; FIGURE=zo24-fig3a TEACHER=authors for one
 #   make lint         ruff and pyright
 #   make browser      install the Chromium that the site's tests need (Debian, Ubuntu; as root)
 #   make constraints  resolve constraints.txt after a change in pyproject.toml (UPGRADE=--upgrade: newest of all)
@@ -19,7 +20,7 @@ READY = .venv/.complete
 export OPENBLAS_NUM_THREADS = 1
 unexport SCANRNN_RECORDS
 
-.PHONY: book test serve nightly bench lint browser constraints address clean distclean
+.PHONY: book test serve nightly bench paper lint browser constraints address clean distclean
 
 book: $(READY)
 	@$(PY) -m tools.build
@@ -40,6 +41,9 @@ serve: book
 
 nightly: book
 	$(PY) -m pytest tests/lib tests/book tests/site -m slow
+
+paper: $(READY)
+	$(PY) -m tools.paper $(FIGURE) $(TEACHER)
 
 bench: $(READY)
 	$(PY) -m pytest tests/benchmarks --benchmark-only -s

@@ -261,7 +261,8 @@ def _run_group(
     for epoch in group.observed:  # an observation is made before a stretch of steps, so that of epoch e is the next
         for name in identification.OBSERVED:
             table[f"{name}_{epoch}"] = columns[name][:, epoch + 1]
-    return _by_array(group, table, columns) if group.by_array else table
+    table = _by_array(group, table, columns) if group.by_array else table
+    return {name: _in_double(column) for name, column in table.items()}
 
 
 def _by_array(group: Group, table: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -287,8 +288,7 @@ def _merge(folder: Path, figure: str, teacher: str, rows: dict[str, np.ndarray],
                 parts[kind], abouts[kind] = results.select(table, teacher=kind), known[kind]
     order = [kind for kind in FIGURES[figure][1] if kind in parts]
     folder.mkdir(parents=True, exist_ok=True)
-    columns = {name: np.concatenate([_in_double(parts[kind][name]) for kind in order]) for name in rows}
-    results.write(table_path, columns)
+    results.write(table_path, {name: np.concatenate([parts[kind][name] for kind in order]) for name in rows})
     text = json.dumps({kind: abouts[kind] for kind in order}, indent=1)
     temporary = about_path.with_suffix(".json.part")
     temporary.write_text(text + "\n", encoding="utf-8")
@@ -296,7 +296,7 @@ def _merge(folder: Path, figure: str, teacher: str, rows: dict[str, np.ndarray],
 
 
 def _in_double(column: np.ndarray) -> np.ndarray:
-    """Single-precision 0.1 as 0.1, not as 0.10000000149: so it is written when no other rows are beside it."""
+    """Single-precision 0.1 as 0.1, not as 0.10000000149, whatever other rows stand beside it."""
     return np.array([float(str(x)) for x in column]) if column.dtype == np.float32 else column
 
 
