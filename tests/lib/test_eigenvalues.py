@@ -496,7 +496,7 @@ def test_a_direct_normalizer_is_its_parameter_and_ignores_the_eigenvalues():
     )
     inputs = jr.normal(jr.key(2), (6, 2))
     # relative to each state: products by γ are rounded at another place, six times
-    want = gamma * plain.states(inputs)
+    want = np.asarray(gamma) * np.asarray(plain.states(inputs))
     np.testing.assert_allclose(scaled.states(inputs), want, rtol=1e-13, atol=1e-15)
 
 

@@ -149,7 +149,7 @@ def test_a_traced_persistence_outside_its_range_gives_nan():
 # --- a teacher --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 9, 40])
+@pytest.mark.parametrize("length", [1, 40])
 def test_a_sample_of_the_teacher_is_its_input_convolved_with_its_impulse_response(length):
     teacher = LinearTeacher(10, min_modulus=0.9, key=jr.key(0))
     inputs, outputs = teacher.sample(jr.key(1), length)
@@ -212,12 +212,19 @@ def precision(request):
 
 
 def test_the_released_teacher_is_the_paper_s(precision):
-    teacher = LinearTeacher.released(min_modulus=0.99)
-    assert all(leaf.dtype == precision for leaf in jax.tree.leaves(teacher))
-    kernel = teacher.impulse_response(300)
+
+    @eqx.filter_jit
+    def numbers():
+        teacher = LinearTeacher.released(min_modulus=0.99)
+        kernel = teacher.impulse_response(300)
+        loss = population_loss(jnp.zeros_like(kernel), kernel)
+        return loss, jnp.abs(teacher.eigenvalues()).max(), jax.tree.leaves(teacher)
+
+    loss, slowest, leaves = numbers()
+    assert all(leaf.dtype == precision for leaf in [loss, *leaves])
     # the published loss of predicting zero, and the slowest of the published eigenvalues, to the digits given
-    np.testing.assert_allclose(population_loss(jnp.zeros_like(kernel), kernel), 118.686, rtol=1e-4)
-    np.testing.assert_allclose(jnp.abs(teacher.eigenvalues()).max(), 0.996875, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(loss, 118.686, rtol=1e-4)
+    np.testing.assert_allclose(slowest, 0.996875, rtol=0, atol=1e-5)
 
 
 def test_the_released_teacher_keeps_the_draws_it_was_made_of():

@@ -265,7 +265,7 @@ def test_each_step_draws_with_its_own_key():
 
     trained, _, record = train(loss, jnp.array(0.0), count_down(), 20, key=jr.key(3), every=5)
     drawn = jnp.stack([jr.normal(jr.fold_in(jr.key(3), k)) for k in range(20)])
-    np.testing.assert_allclose(record.loss, drawn - np.arange(20), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(record.loss, drawn - np.arange(20.0), rtol=0, atol=1e-14)
     assert trained == -20
     assert not jnp.isclose(train(loss, jnp.array(0.0), count_down(), 20, key=jr.key(4))[2].loss, record.loss).any()
 
