@@ -42,6 +42,7 @@ RNN_RATES = (3.2e-3, 1e-3, 3.2e-4, 1e-4, 3.2e-5)
 LRU_RATES = (0.32, 0.1, 0.032, 0.01, 0.0032)
 BLOCK_RATES = (0.01, 0.0032, 0.001, 3.2e-4)
 DIAGONAL_RATES = (0.1, 0.032, 0.01, 0.0032, 0.001, 3.2e-4, 1e-4)
+DENSE_BLOCK_RATES = (*BLOCK_RATES[:-1], *RNN_RATES[2:])
 PHASE_RATES = (1.0, 0.32, *DIAGONAL_RATES[:-1])
 HEAD_RATES = (0.032, 0.01, 0.0032, 0.001, 1e-4)
 SGD_RATES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
@@ -98,8 +99,8 @@ def _sampled(student: str, make: identification.Student, rates: tuple[float, ...
     return Group(student, make, rates, (0.92, 0.99), columns=columns, options={"batch": 128}, seeds=3)
 
 
-def _exact_adam(student: str, make: identification.Student, rates: tuple[float, ...]) -> Group:
-    return Group(student, make, rates, columns={"optimizer": "adam", "batch": 0}, seeds=10)
+def _exact_adam(student: str, make: identification.Student, rates: tuple[float, ...], seeds: int) -> Group:
+    return Group(student, make, rates, columns={"optimizer": "adam", "batch": 0}, seeds=seeds)
 
 
 def _sgd(student: str, make: identification.Student) -> Group:
@@ -145,7 +146,7 @@ FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
     "zo24-fig3b": (
         (
             Group("rnn", identification.rnn, RNN_RATES),
-            Group("rnn_from_blocks", identification.dense_from_blocks, (*BLOCK_RATES[:-1], *RNN_RATES[2:])),
+            Group("rnn_from_blocks", identification.dense_from_blocks, DENSE_BLOCK_RATES),
             Group("block_diagonal", identification.block_diagonal, BLOCK_RATES),
             Group("block_diagonal_wide", identification.block_diagonal_wide, BLOCK_RATES),
             Group("complex", identification.complex_diagonal, DIAGONAL_RATES),
@@ -176,13 +177,20 @@ FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
     ),
     "zo24-controls": (
         (
-            _exact_adam("rnn_rotated_blocks", identification.rotated_blocks, (*BLOCK_RATES[:-1], *RNN_RATES[2:])),
+            _exact_adam("rnn_rotated_blocks", identification.rotated_blocks, DENSE_BLOCK_RATES, seeds=10),
             *(_sgd(*basis) for basis in BASES),
             *(_damped_gauss_newton(*basis) for basis in BASES),
             _sampled("rnn", identification.rnn, RNN_RATES),
             _sampled("lru", identification.lru, LRU_RATES),
         ),
-        ("authors", "fresh"),
+        ("authors",),
+    ),
+    "zo24-controls-fresh": (
+        (
+            _exact_adam("rnn_rotated_blocks", identification.rotated_blocks, DENSE_BLOCK_RATES, seeds=20),
+            *(_damped_gauss_newton(*basis) for basis in BASES),
+        ),
+        ("fresh",),
     ),
 }
 
