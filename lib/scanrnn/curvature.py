@@ -6,6 +6,7 @@ At a minimum without residual both are the same. Parameters are counted one afte
 ravels the floating-point arrays of a pytree; `groups` says which are whose.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._checks import require_inexact, require_integer, require_rank, require_values
+from ._checks import require_finite, require_inexact, require_integer, require_rank, require_values
 
 # Hessians ------------------------------------------------------------------------------------------------------------
 
@@ -67,18 +68,24 @@ def groups(parameters: PyTree) -> dict[str, slice]:
 def coordinates_for(vectors: Float[Array, "... coordinates"], mass: float = 0.9) -> Int[Array, "..."]:
     r"""How concentrated a vector is: the least number of coordinates with at least `mass` of $\sum_iv_i^2$; (...).
 
-    1 for a vector along an axis; for a Gaussian vector of P coordinates about 0.44 P at a mass of 0.9.
+    1 for a vector along an axis; for a Gaussian vector of P coordinates about 0.44 P at a mass of 0.9; 0 for a vector
+    of zeros. A sum that falls short by rounding alone counts as reached, so with a mass of 1 coordinates below some
+    1e-7 of the largest (in float64) do not count.
 
-    Raises `ValueError` unless 0 < mass <= 1, `TypeError` for what is not floating point.
+    Raises `ValueError` unless 0 < mass <= 1 and all entries are finite (where they are traced: -1 for a vector that is
+    not), `TypeError` for what is not floating point.
     """
     require_inexact("vectors", vectors)
     require_values("mass", mass, "above 0 and at most 1", lambda m: (m > 0) & (m <= 1))
-    if jnp.ndim(vectors) == 0:
-        raise ValueError("vectors must have at least one axis, got shape ()")
-    squares = jnp.sort(jnp.abs(vectors) ** 2, axis=-1)[..., ::-1]
-    held = jnp.cumsum(squares, axis=-1)
-    short_of = held < mass * held[..., -1:] * (1 - 8 * jnp.finfo(held.dtype).eps)  # not one more for rounding
-    return 1 + jnp.sum(short_of, axis=-1)
+    if jnp.ndim(vectors) == 0 or jnp.shape(vectors)[-1] == 0:
+        raise ValueError(f"vectors must have at least one axis and one coordinate, got shape {jnp.shape(vectors)}")
+    require_finite("vectors", vectors)
+    sizes = jnp.sort(jnp.abs(vectors), axis=-1)[..., ::-1]
+    largest = sizes[..., :1]
+    held = jnp.cumsum((sizes / jnp.where(largest > 0, largest, 1)) ** 2, axis=-1)
+    rounding = (8 + 2 * math.log2(held.shape[-1])) * float(jnp.finfo(held.dtype).eps)  # sums are taken in a tree
+    count = 1 + jnp.sum(held < float(mass) * (1 - rounding) * held[..., -1:], axis=-1)
+    return jnp.where(jnp.isfinite(held[..., -1]), jnp.where(largest[..., 0] > 0, count, 0), -1)
 
 
 def concentration(
@@ -86,14 +93,18 @@ def concentration(
 ) -> Float[Array, ""]:
     """Mean of `coordinates_for` over the eigenvectors of the `top` largest eigenvalues of a symmetric matrix.
 
-    Raises `ValueError` unless the matrix is square and 1 <= top <= its size, and as `coordinates_for`.
+    Raises `ValueError` unless the matrix is square and finite (where it is traced: NaN) and 1 <= top <= its size, and
+    as `coordinates_for`.
     """
     require_rank("matrix", matrix, 2)
     if matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must be square, got shape {matrix.shape}")
     require_integer("top", top, minimum=1, maximum=len(matrix))
+    require_inexact("matrix", matrix)
+    require_finite("matrix", matrix)
     vectors = jnp.linalg.eigh(matrix)[1].T[-top:]
-    return jnp.mean(coordinates_for(vectors, mass), dtype=matrix.dtype)
+    mean = jnp.mean(coordinates_for(vectors, mass), dtype=matrix.dtype)
+    return jnp.where(jnp.isfinite(matrix).all(), mean, jnp.nan)
 
 
 @eqx.filter_jit  # one compilation for each kind of loss and shape
@@ -114,9 +125,11 @@ def _ravel(parameters: PyTree) -> tuple[Array, Callable[[Array], Any]]:
     trained, rest = eqx.partition(parameters, eqx.is_inexact_array)
     if not jax.tree.leaves(trained):
         raise ValueError(f"parameters must hold a floating-point array, got {eqx.tree_pformat(parameters)}")
-    flat, unravel = ravel_pytree(trained)
-    if jnp.iscomplexobj(flat):
-        raise TypeError(f"parameters must be real (hold real and imaginary part apart), got {flat.dtype}")
+    for leaf in jax.tree.leaves(trained):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(f"parameters must be real (hold real and imaginary part apart), got {leaf.dtype}")
+    with jax.numpy_dtype_promotion("standard"):  # arrays may differ in precision
+        flat, unravel = ravel_pytree(trained)
     return flat, eqx.Partial(_rebuild, unravel, rest)
 
 
@@ -137,7 +150,10 @@ def effective_learning_rate(
     """
     adam = _adam_state(state)
     correction = 1 - b2 ** adam.count.astype(jnp.result_type(float))
-    return jax.tree.map(lambda v: learning_rate / (jnp.sqrt(v / correction) + eps), adam.nu)
+    with jax.numpy_dtype_promotion("standard"):  # the parameters' dtype need not be the default one
+        return jax.tree.map(
+            lambda v: jnp.asarray(learning_rate / (jnp.sqrt(v / correction) + eps), v.dtype), adam.nu
+        )
 
 
 def released_effective_learning_rate(optimizer: optax.GradientTransformation, state: PyTree) -> PyTree:
@@ -145,11 +161,13 @@ def released_effective_learning_rate(optimizer: optax.GradientTransformation, st
 
     For Adam it is $\eta\,\hat m'/(\sqrt{\hat v'}+\epsilon)$ with $m'=\beta_1m+(1-\beta_1)$, $v'=\beta_2v+(1-\beta_2)$.
     The momentum m of past gradients adds to it or takes from it, so it may be negative. Where gradients are much
-    smaller than 0.03 it is $0.1\,\eta/\sqrt{0.001}=3.16\,\eta$, however small they are. Errors: as
-    `effective_learning_rate`.
+    smaller than 0.03 it is $0.1\,\eta/\sqrt{0.001}=3.16\,\eta$, however small they are. No history of gradients gives
+    more than $7.27\,\eta$, the square root of $\frac{(1-\beta_1)^2}{1-\beta_2}\big/(1-\frac{\beta_1^2}{\beta_2})$
+    (Cauchy-Schwarz). Errors: as `effective_learning_rate`.
     """
     ones = jax.tree.map(jnp.ones_like, _adam_state(state).nu)
-    return jax.tree.map(jnp.negative, optimizer.update(ones, state)[0])
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes dtypes
+        return jax.tree.map(jnp.negative, optimizer.update(ones, state)[0])
 
 
 def _adam_state(state: PyTree) -> Any:

@@ -182,8 +182,10 @@ def runs(
     """Draw groups of runs, each run a dot, with a bar from the first to the third quartile and the median marked.
 
     The losses, one array for each position, stand on a logarithmic axis: the vertical one, or with `horizontal` the
-    other. `shift` moves the groups along the axis of positions, by a factor if that is logarithmic. Runs that diverged
-    (values that are not finite) are drawn as crosses at the edge of the plot; none is left out.
+    other. `shift` moves the groups along the axis of positions, by the factor exp(shift) if that is logarithmic. Runs
+    that diverged (values that are not finite) are drawn as crosses at the edge of the plot, with their number; none is
+    left out. They count as infinite losses: a bar whose end diverged ends at the last run that did not, and a median
+    that diverged has no mark.
 
     **Raises** `ValueError` unless there are as many arrays as positions, each with at least one run, and all finite
     values positive.
@@ -194,17 +196,23 @@ def runs(
         shapes = [sample.shape for sample in samples]
         raise ValueError(f"samples must be {len(centres)} arrays of runs, one for each position, got shapes {shapes}")
     for sample in samples:
-        _checks.require_values("samples", sample[np.isfinite(sample)], "positive", lambda array: array > 0)
+        _checks.require_values("samples", sample, "positive", lambda array: (array > 0) | ~np.isfinite(array))
     (axes.set_xscale if horizontal else axes.set_yscale)("log")
     logarithmic = (axes.get_yscale() if horizontal else axes.get_xscale()) == "log"
     centres = centres * np.exp(shift) if logarithmic else centres + shift
     order = (lambda x, y: (y, x)) if horizontal else (lambda x, y: (x, y))
 
     def summary(sample: np.ndarray) -> np.ndarray:
-        finite = np.where(np.isfinite(sample), sample, np.inf)
-        return np.quantile(finite, [0.25, 0.5, 0.75], method="nearest")
+        ordered = np.sort(np.where(np.isfinite(sample), sample, np.inf))
+        places = np.array([0.25, 0.5, 0.75]) * (len(ordered) - 1)
+        below, above = ordered[np.floor(places).astype(int)], ordered[np.ceil(places).astype(int)]
+        with np.errstate(invalid="ignore"):  # NumPy's own quantiles are NaN beside infinity
+            between = np.where(places % 1 == 0, below, below + places % 1 * (above - below))
+        return np.where(np.isinf(above), np.inf, between)
 
     low, middle, high = np.array([summary(sample) for sample in samples]).T
+    last = np.array([max(sample[np.isfinite(sample)], default=np.inf) for sample in samples])
+    high = np.where(np.isinf(high), last, high)
     line = axes.plot(*order(centres, middle), label=label, linestyle="none", markersize=7, zorder=4)[0]
     colour = line.get_color()
     bars = (axes.hlines if horizontal else axes.vlines)(centres, low, high, color=colour, linewidth=3, alpha=0.45)

@@ -15,7 +15,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from ._checks import require_integer, require_values
+from ._checks import is_abstract, require_integer, require_values
 from .eigenvalues import Cartesian, LearnedNormalizer
 from .layers import S5, DiagonalRNN, LinearRNN
 
@@ -52,11 +52,13 @@ def oscillating_teacher(
 
 
 def change_basis(system: LinearRNN, basis: Float[Array, "n n"]) -> LinearRNN:
-    """The system with the state S h; dense. Raises `ValueError` unless S is (n, n)."""
+    """The system with the state S h; dense. Raises `ValueError` unless S is (n, n) and, if it is known, invertible."""
     n = len(system.input_weight)
-    if basis.shape != (n, n):
-        raise ValueError(f"basis must have shape {(n, n)}, got {basis.shape}")
+    if jnp.shape(basis) != (n, n):
+        raise ValueError(f"basis must have shape {(n, n)}, got {jnp.shape(basis)}")
     undo = jnp.linalg.inv(basis)
+    if not is_abstract(undo) and not jnp.isfinite(undo).all():
+        raise ValueError(f"basis must be invertible, got {basis}")
     return LinearRNN.from_weights(
         basis @ system.matrix() @ undo, basis @ system.input_weight, system.output_weight @ undo, system.feedthrough
     )
@@ -71,15 +73,19 @@ def balanced(system: LinearRNN) -> LinearRNN:
     r"""The system in the coordinates in which states are as easy to reach as to see.
 
     There the Gramians $\sum_kA^kBB^\top A^{\top k}$ and $\sum_kA^{\top k}C^\top CA^k$ are the same diagonal matrix
-    (Moore 1981); its entries are the Hankel singular values, in descending order. All |λ| must be below 1. Not for
-    tracing.
+    (Moore 1981); its entries are the Hankel singular values, in descending order. Not for tracing.
+
+    Raises `ValueError` unless all |λ| are below 1 and the input reaches, and the output sees, all of the state.
     """
     matrix = system.matrix()
+    require_values("|λ| of the system", jnp.abs(system.eigenvalues()), "below 1", lambda r: r < 1)
     reach = _gramian(matrix, system.input_weight)
     see = _gramian(matrix.T, system.output_weight.T)
     left = jnp.linalg.cholesky(reach)
     vectors, squares, _ = jnp.linalg.svd(left.T @ see @ left)
     hankel = jnp.sqrt(squares)
+    if not (jnp.isfinite(hankel).all() and hankel[-1] > 0):
+        raise ValueError(f"all of the state must be reached and seen, got Hankel singular values {hankel}")
     return change_basis(system, jnp.linalg.inv(left @ vectors / jnp.sqrt(hankel)[None]))
 
 
@@ -118,6 +124,9 @@ def diagonal(
     $\gamma=\sqrt{1-|\lambda|^2}$: with `Exponential` this is an LRU. Units are scaled so that each one's parts of B
     (before that) and of C have the same length; with `unit_eigenvectors` as eigenvectors of norm 1 give them, which is
     what the released code does. Not for tracing.
+
+    A must have distinct eigenvalues. Raises `ValueError` for a λ that `parametrization` does not allow: with
+    `Exponential` a real and positive one.
     """
     lam, weight_in, weight_out = _modes(system, unit_eigenvectors)
     normalizer = LearnedNormalizer.from_eigenvalues(lam) if normalized else None
@@ -145,6 +154,18 @@ def zero_order_hold(system: LinearRNN, *, step: float = 0.01, unit_eigenvectors:
     layer = eqx.tree_at(lambda s: (s.log_decay, s.frequency, s.log_step), layer, times)
     weight_in = weight_in * (poles / (lam - 1))[:, None]
     return _with_weights(layer, weight_in.real, weight_in.imag, weight_out / 2, system.feedthrough)
+
+
+def in_five_bases(system: LinearRNN, key: PRNGKeyArray) -> dict[str, LinearRNN | DiagonalRNN]:
+    """The system as it is ("random"), its real blocks "rotated" by `key`, "balanced", in "real blocks", "diagonal"."""
+    blocks = real_blocks(system)
+    return {
+        "random": system,
+        "rotated": rotated(blocks, key),
+        "balanced": balanced(system),
+        "real blocks": blocks,
+        "diagonal": diagonal(system),
+    }
 
 
 def _with_conjugates(first: Complex[Array, "pairs ..."]) -> Complex[Array, "2*pairs ..."]:

@@ -140,8 +140,12 @@ def levenberg_marquardt(
     **Returns** the parameters, and the `Record`, whose `observed` are the μ. Batched with `jax.vmap`. Raises
     `ValueError` and `TypeError` as `descend` does for its parameters and steps, and unless `damping` is positive.
     """
-    _check(lambda p: 0.5 * jnp.sum(residuals(p) ** 2), parameters, optax.identity(), steps)
+    _check(lambda _: jnp.zeros(()), parameters, optax.identity(), steps)
     require_values("damping", damping, "positive and finite", lambda x: (x > 0) & np.isfinite(x))
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(eqx.filter_eval_shape(residuals, parameters))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"residuals must return real floating-point numbers, got {dtype}")
     return _levenberg_marquardt(residuals, parameters, steps, damping)
 
 
@@ -156,6 +160,7 @@ def _levenberg_marquardt(residuals: Callable, parameters: PyTree, steps: int, da
         jacobian = jax.jacrev(at)(p)
         gram = jacobian @ jacobian.T
         mu = jnp.where(taken == 0, damping * jnp.max(jnp.diag(gram)), mu)
+        mu = jnp.maximum(mu, float(jnp.finfo(mu.dtype).tiny))  # 0 could not grow again
         factor = jax.scipy.linalg.cho_factor(gram + mu * jnp.eye(len(r), dtype=r.dtype))
         trial = p - jacobian.T @ jax.scipy.linalg.cho_solve(factor, r)
         r_trial = at(trial)

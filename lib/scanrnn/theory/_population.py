@@ -106,7 +106,7 @@ def eigenvalue_hessian(
         pair = a[:, None], b[None, :]
         return hessian_overlap(*pair, rho) if length is None else finite_hessian_overlap(*pair, length, rho)
 
-    with jax.numpy_rank_promotion("allow"):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # real and complex may mix
         a = weight[:, None] * weight * overlap(lam, lam)
         b = weight[:, None] * jnp.conj(weight) * overlap(lam, jnp.conj(lam))
     return 0.5 * jnp.block([[(b + a).real, (b - a).imag], [-(b + a).imag, (b - a).real]])
