@@ -151,9 +151,7 @@ def effective_learning_rate(
     adam = _adam_state(state)
     correction = 1 - b2 ** adam.count.astype(jnp.result_type(float))
     with jax.numpy_dtype_promotion("standard"):  # the parameters' dtype need not be the default one
-        return jax.tree.map(
-            lambda v: jnp.asarray(learning_rate / (jnp.sqrt(v / correction) + eps), v.dtype), adam.nu
-        )
+        return jax.tree.map(lambda v: jnp.asarray(learning_rate / (jnp.sqrt(v / correction) + eps), v.dtype), adam.nu)
 
 
 def released_effective_learning_rate(optimizer: optax.GradientTransformation, state: PyTree) -> PyTree:

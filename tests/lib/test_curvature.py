@@ -400,7 +400,7 @@ def test_single_precision_rates():
     ):
         assert rates.dtype == jnp.float32
         # 1 - 0.999³ in single precision is known to one part in ε₃₂/0.003
-        np.testing.assert_allclose(rates, ETA, rtol=np.finfo(np.float32).eps / 0.001)
+        np.testing.assert_allclose(rates, ETA, rtol=float(np.finfo(np.float32).eps) / 0.001)
 
 
 @pytest.mark.parametrize("found", [0, 2])

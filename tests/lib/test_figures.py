@@ -298,3 +298,119 @@ def test_bad_arguments_are_named(change, error, message):
         arguments["residual_axes"] = residual_axes
     with pytest.raises(error, match=message):
         figures.theory_vs_measured(axes, **arguments)
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+# Seeds of three groups; of the second one and a half of three in four diverged, of the last all.
+SAMPLES = [
+    np.array([4.0, 1.0, 3.0, 2.0]),
+    np.array([1.0, np.inf, 5.0, 2.0, np.nan]),
+    np.array([np.nan, 1.0, -np.inf]),
+    np.array([np.inf, np.nan]),
+]
+PLACES = np.array([1.0, 2.0, 4.0, 8.0])
+
+
+def drawn(axes, horizontal):
+    """What `runs` drew: the medians, and by group its bar, dots, cross and number; positions come first."""
+    fig = axes.figure
+    fig.canvas.draw()  # nothing that was drawn makes Matplotlib warn
+    turn = (lambda xy: np.asarray(xy)[..., ::-1]) if horizontal else np.asarray
+    medians, *others = axes.lines
+    dots = [turn(line.get_xydata()) for line in others if line.get_marker() == "."]
+    crosses = [line for line in others if line.get_marker() == "x"]
+    bars = [turn(segment) for segment in axes.collections[0].get_segments() if len(segment)]
+    return turn(medians.get_xydata()), bars, dots, crosses
+
+
+@pytest.mark.parametrize("horizontal", [False, True])
+def test_runs_are_dots_with_their_median_and_quartiles(horizontal):
+    _, axes = plt.subplots()
+    figures.runs(axes, PLACES, SAMPLES, label="ten seeds", horizontal=horizontal)
+    medians, bars, dots, crosses = drawn(axes, horizontal)
+    # diverged runs count as infinite: the median of 1, 2, 5, ∞, ∞ is 5, that of 1, ∞, ∞ is none
+    np.testing.assert_array_equal(medians, np.stack([PLACES, np.array([2.5, 5.0, np.inf, np.inf])], axis=1))
+    # ends: of 1, 2, 3, 4 the quartiles; of 1, 2, 5, ∞, ∞ the first is 2, the third ∞: to the last run
+    np.testing.assert_array_equal(bars, [[[1, 1.75], [1, 3.25]], [[2, 2], [2, 5]]])
+    for position, sample, group in zip(PLACES, SAMPLES, dots, strict=True):
+        finite = sample[np.isfinite(sample)]
+        np.testing.assert_array_equal(group, np.transpose([np.full(finite.size, position), finite]))
+    scales = axes.get_xscale(), axes.get_yscale()
+    assert scales == (("log", "linear") if horizontal else ("linear", "log"))
+    assert axes.get_legend_handles_labels()[1] == ["ten seeds"]
+    # one cross for each group with diverged runs, at the edge of the plot and at its position
+    places = [PLACES[1], PLACES[2], PLACES[3]]
+    assert len(crosses) == len(axes.texts) == 3
+    assert [text.get_text() for text in axes.texts] == ["2", "2", "2"]
+    for place, cross in zip(places, crosses, strict=True):
+        pixel = cross.get_transform().transform(cross.get_xydata())[0]
+        along, across = (axes.transData.inverted().transform(pixel), axes.transAxes.inverted().transform(pixel))
+        assert along[1 if horizontal else 0] == pytest.approx(place)
+        assert 0.95 < across[0 if horizontal else 1] <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9, 10])
+def test_medians_and_quartiles_are_numpy_s(size):
+    sample = np.random.default_rng(size).lognormal(size=size)
+    _, axes = plt.subplots()
+    figures.runs(axes, np.array([3]), [sample])
+    medians, bars, *_ = drawn(axes, False)
+    np.testing.assert_allclose(medians, [[3, np.median(sample)]], rtol=1e-14)
+    np.testing.assert_allclose(bars[0][:, 1], np.quantile(sample, [0.25, 0.75]), rtol=1e-14)
+
+
+@pytest.mark.parametrize("horizontal", [False, True])
+def test_a_shift_is_a_factor_on_a_logarithmic_axis(horizontal):
+    for scale, expected in (("linear", PLACES + 0.2), ("log", PLACES * np.exp(0.2))):
+        _, axes = plt.subplots()
+        (axes.set_yscale if horizontal else axes.set_xscale)(scale)
+        figures.runs(axes, PLACES, SAMPLES, shift=0.2, horizontal=horizontal)
+        medians, bars, dots, crosses = drawn(axes, horizontal)
+        np.testing.assert_allclose(medians[:, 0], expected, rtol=1e-14)
+        np.testing.assert_allclose([bar[0, 0] for bar in bars], expected[:2], rtol=1e-14)
+        np.testing.assert_allclose(dots[0][:, 0], expected[0], rtol=1e-14)
+        where = [np.asarray(cross.get_xydata())[0, 1 if horizontal else 0] for cross in crosses]
+        np.testing.assert_allclose(where, expected[1:], rtol=1e-14)
+
+
+def test_groups_of_runs_share_a_colour_and_series_differ():
+    _, axes = plt.subplots()
+    figures.runs(axes, PLACES, SAMPLES, label="first")
+    count = len(axes.lines)
+    figures.runs(axes, PLACES, SAMPLES, label="second")
+    first, second = axes.lines[:count], axes.lines[count:]
+    for lines, bars in ((first, axes.collections[0]), (second, axes.collections[1])):
+        assert len({line.get_color() for line in lines}) == 1
+        np.testing.assert_allclose(bars.get_colors()[0][:3], to_rgb(lines[0].get_color()))  # type: ignore[attr-defined]
+        assert lines[0].get_linestyle() == "None"
+    assert first[0].get_color() != second[0].get_color()
+    assert first[0].get_marker() != second[0].get_marker()
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    assert [first[0].get_color(), second[0].get_color()] == cycle[:2]  # none is skipped
+
+
+@pytest.mark.parametrize(
+    ("positions", "samples", "error", "message"),
+    [
+        (
+            [1, 2],
+            [[1.0]],
+            ValueError,
+            r"samples must be 2 arrays of runs, .* got shapes \[\(1,\)\]",
+        ),
+        ([1], [[]], ValueError, r"one for each position, got shapes \[\(0,\)\]"),
+        ([1], [[[1.0]]], ValueError, r"got shapes \[\(1, 1\)\]"),
+        ([1], [1.0], ValueError, r"got shapes \[\(\)\]"),
+        ([1], [[np.nan, 1.0, 0.0]], ValueError, r"samples must be positive, got 0\.0 at index \(2,\)"),
+        ([1], [[-1.0]], ValueError, r"samples must be positive, got -1\.0 at index \(0,\)"),
+        ([np.nan], [[1.0]], ValueError, "positions must be finite, got nan"),
+        ([], [], ValueError, "positions must have at least one point"),
+        ([[1.0]], [[1.0]], ValueError, "positions must have 1 axes"),
+        (["a"], [[1.0]], TypeError, "positions must be real numbers"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(positions, samples, error, message):
+    _, axes = plt.subplots()
+    with pytest.raises(error, match=message):
+        figures.runs(axes, positions, samples)
