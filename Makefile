@@ -40,7 +40,7 @@ serve: book
 	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
 nightly: book
-	$(PY) -m pytest tests/lib tests/book tests/site -m slow
+	$(PY) -m pytest tests/lib tests/book tests/site -m slow -n 2 --dist loadscope
 
 paper: $(READY)
 	$(PY) -m tools.paper $(FIGURE) $(TEACHER)
