@@ -135,6 +135,14 @@ FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
         ),
         ("authors", "fresh"),
     ),
+    # beyond the paper's rates, the best of which lies at their edge for some memories
+    "zo24-fig3a-wider": (
+        (
+            Group("rnn", identification.rnn, (0.01, 1e-5), MODULI),
+            Group("lru", identification.lru, (1.0, 0.001), MODULI),
+        ),
+        ("authors",),
+    ),
     "zo24-fig3b": (
         (
             Group("rnn", identification.rnn, RNN_RATES),
