@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Shaped
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ._checks import require_integer
 

@@ -20,7 +20,7 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ._checks import is_abstract, require_finite, require_integer, require_values
 
