@@ -1,4 +1,4 @@
-r"""Linear system identification: students of seven kinds imitate a linear teacher, as Zucchet & Orvieto (2024) do.
+r"""Linear system identification: students of many kinds imitate a linear teacher, as Zucchet & Orvieto (2024) do.
 
     L(student) = ½ Σ_{k<T} (1 - k/T) |κ_student(k) - κ_teacher(k)|²
 
@@ -33,7 +33,7 @@ LENGTH = 300  # of its sequences
 # Students ------------------------------------------------------------------------------------------------------------
 
 
-def rnn(*, min_modulus: float, max_phase: float, key: PRNGKeyArray, blocks: int = 1, width: int = WIDTH):
+def rnn(*, min_modulus: float, max_phase: float, key: PRNGKeyArray, blocks: int = 1, width: int = WIDTH) -> LinearRNN:
     """The dense network, or one of equal blocks. As in the paper its moduli start from 0, whatever `min_modulus`."""
     return LinearRNN(1, width, 1, blocks=blocks, max_phase=max_phase, key=key)
 
@@ -151,8 +151,8 @@ def identify(
     first ones), `max_phase` (the same for phases), `learning_rate`, `seed` (of the student) and `teacher_seed`;
     `student` and `teacher`, functions of this module; `optimizer`, a function of a learning-rate schedule; `batch`, how
     many sequences to draw at each step, or None for their expectation; `observe(student, optimizer_state, optimizer,
-    learning_rate)`, called before every `every`-th step. The rate falls along a
-    cosine from `learning_rate` to $10^{-7}$, or to a hundredth of it if that is less.
+    learning_rate)`, called before every `every`-th step. The rate falls along a cosine from `learning_rate` to
+    $10^{-7}$, or to a hundredth of it if that is less.
 
     **Returns** the columns
 
@@ -164,11 +164,8 @@ def identify(
     - `curve`: mean loss of every `every` steps, (steps / every,)
     - the columns that `observe` returns, (steps / every,) each; entry e is from before step e · `every`.
     """
-    where = {"min_modulus": point["nu0"], "max_phase": point["max_phase"]}
-    system = teacher(**where, seed=point["teacher_seed"])
+    system, start, data_key = _teacher_and_student(point, teacher, student)
     target = system.impulse_response(length)
-    student_key, data_key = jr.split(jr.key(point["seed"]))
-    start = student(**where, key=student_key)
 
     def exact(layer: LinearLayer) -> Float[Array, ""]:
         return theory.population_loss(layer.impulse_response(length), target)
@@ -204,6 +201,15 @@ def identify(
     return columns if observe is None else columns | record.observed
 
 
+def _teacher_and_student(
+    point: dict[str, Any], teacher: Callable[..., LinearTeacher], student: Student
+) -> tuple[LinearTeacher, LinearLayer, PRNGKeyArray]:
+    """Those of the point, and a key for the data."""
+    where = {"min_modulus": point["nu0"], "max_phase": point["max_phase"]}
+    student_key, data_key = jr.split(jr.key(point["seed"]))
+    return teacher(**where, seed=point["teacher_seed"]), student(**where, key=student_key), data_key
+
+
 def _real_negative(lam: Array) -> Array:
     return jnp.sum((jnp.abs(lam.imag) < 1e-6) & (lam.real < 0))
 
@@ -218,10 +224,8 @@ def identify_by_gauss_newton(
     every: int = 1,
 ) -> dict[str, Array]:
     """`identify` by `training.levenberg_marquardt` on the expected loss; `learning_rate` is not used. In float64."""
-    where = {"min_modulus": point["nu0"], "max_phase": point["max_phase"]}
-    system = teacher(**where, seed=point["teacher_seed"])
+    system, start, _ = _teacher_and_student(point, teacher, student)
     target = system.impulse_response(length)
-    start = student(**where, key=jr.split(jr.key(point["seed"]))[0])
     weights = jnp.sqrt(1 - jnp.arange(length) / length)
 
     def residuals(layer: LinearLayer) -> Array:
