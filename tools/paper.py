@@ -8,14 +8,9 @@ them into `<figure>.json`.
 
 import argparse
 import concurrent.futures
-import datetime
-import importlib.metadata
-import json
 import math
 import multiprocessing
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +22,10 @@ import jax
 import numpy as np
 import optax
 
-from scanrnn import curvature, identification, results
+from scanrnn import curvature, identification
 from scanrnn.sweep import grid, sweep
+
+from . import paper_deep, tables
 
 RESULTS = Path("book/results")
 STORE = Path("_build/sweeps")
@@ -198,29 +195,29 @@ FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="The paper-scale sweeps, resumable; see tools/paper.py.")
-    parser.add_argument("figure", nargs="?", choices=FIGURES, help="one figure; without it, all")
-    parser.add_argument("teacher", nargs="?", choices=TEACHERS, help="one kind of teacher; without it, all")
+    figures = {name: teachers for name, (_, teachers) in FIGURES.items()} | paper_deep.PARTS
+    parts = [*TEACHERS, *paper_deep.INPUTS]
+    parser.add_argument("figure", nargs="?", choices=figures, help="one figure; without it, all")
+    parser.add_argument("part", nargs="?", choices=parts, help="one kind of teacher or of inputs; without it, all")
     parser.add_argument("--steps", type=int, default=10_000, help="of training (fewer only to try it out)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--store", type=Path, default=STORE, help="folder of the finished chunks")
     options = parser.parse_args(arguments)
     if options.steps < 100 or options.steps % 100:
         parser.error(f"--steps must be a multiple of 100, got {options.steps}")
-    if options.figure and options.teacher not in (None, *FIGURES[options.figure][1]):
-        parser.error(
-            f"{options.figure} has the teachers {', '.join(FIGURES[options.figure][1])}, got {options.teacher}"
-        )
-    chosen = [options.figure] if options.figure else list(FIGURES)
+    if options.figure and options.part not in (None, *figures[options.figure]):
+        parser.error(f"{options.figure} has the parts {', '.join(figures[options.figure])}, got {options.part}")
     os.environ.update(WORKERS)  # read by the workers when they start JAX
-    for figure in chosen:
-        for teacher in FIGURES[figure][1]:
-            if options.teacher in (None, teacher):
-                run_figure(figure, teacher, options.steps, options.results, options.store)
+    for figure in [options.figure] if options.figure else figures:
+        for part in figures[figure]:
+            if options.part in (None, part):
+                run = run_figure if figure in FIGURES else paper_deep.run_figure
+                run(figure, part, options.steps, options.results, options.store)
 
 
 def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path) -> None:
     """All runs of `figure` with one kind of teacher, into its table."""
-    start, commit, parts = time.perf_counter(), _commit(), []  # the commit may be another when it is done
+    start, commit, parts = time.perf_counter(), tables.current_commit(), []  # the commit may be another when it is done
     cores = os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(cores, mp_context=context) as executor:
@@ -228,20 +225,11 @@ def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path)
             print(f"{figure}, {teacher}: {group.student} {group.columns or ''}", flush=True)
             parts.append(_run_group(group, teacher, steps, store, executor, cores))
     rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    about = {
-        "command": f"python -m tools.paper {figure} {teacher}" + (f" --steps {steps}" if steps != 10_000 else ""),
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": f"{_processor()}, {cores} cores",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy", "equinox", "optax")},
-        "seeds": [list(pair) for pair in TEACHERS[teacher].seeds],
-        "steps": steps,
-        "runs": len(rows["seed"]),
-        "diverged": int(np.sum(rows["diverged"])),
-        "seconds": round(time.perf_counter() - start),  # of this call; finished chunks that it found cost nothing
-    }
-    _merge(folder, figure, teacher, rows, about)
+    command = f"python -m tools.paper {figure} {teacher}" + (f" --steps {steps}" if steps != 10_000 else "")
+    seeds = [list(pair) for pair in TEACHERS[teacher].seeds]
+    about = tables.about_run(command, commit, seeds, steps, time.perf_counter() - start)
+    about |= {"runs": len(rows["seed"]), "diverged": int(np.sum(rows["diverged"]))}
+    tables.merge(folder, figure, rows, about, column="teacher", part=teacher, order=FIGURES[figure][1])
     print(
         f"{figure}, {teacher}: {about['runs']} runs in {about['seconds']} s, {about['diverged']} diverged", flush=True
     )
@@ -270,7 +258,7 @@ def _run_group(
         for name in identification.OBSERVED:
             table[f"{name}_{epoch}"] = columns[name][:, epoch + 1]
     table = _by_array(group, table, columns) if group.by_array else table
-    return {name: _in_double(column) for name, column in table.items()}
+    return {name: tables.in_double(column) for name, column in table.items()}
 
 
 def _by_array(group: Group, table: dict[str, np.ndarray], columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -283,49 +271,6 @@ def _by_array(group: Group, table: dict[str, np.ndarray], columns: dict[str, np.
         for i, what in enumerate(identification.SUMMARY):
             rows[f"{kind}_{what}"] = columns[kind][:, -1, :, i].ravel()
     return rows
-
-
-def _merge(folder: Path, figure: str, teacher: str, rows: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    """Put `rows` in the place of the old ones of that kind of teacher; the order of the kinds is fixed."""
-    table_path, about_path = folder / f"{figure}.csv", folder / f"{figure}.json"
-    parts, abouts = {teacher: rows}, {teacher: about}
-    if table_path.is_file() and about_path.is_file():
-        table, known = results.read(table_path), json.loads(about_path.read_text(encoding="utf-8"))
-        for kind in FIGURES[figure][1]:
-            if kind != teacher and kind in known:
-                parts[kind], abouts[kind] = results.select(table, teacher=kind), known[kind]
-    order = [kind for kind in FIGURES[figure][1] if kind in parts]
-    folder.mkdir(parents=True, exist_ok=True)
-    results.write(table_path, {name: np.concatenate([parts[kind][name] for kind in order]) for name in rows})
-    text = json.dumps({kind: abouts[kind] for kind in order}, indent=1)
-    temporary = about_path.with_suffix(".json.part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, about_path)
-
-
-def _in_double(column: np.ndarray) -> np.ndarray:
-    """Single-precision 0.1 as 0.1, not as 0.10000000149, whatever other rows stand beside it."""
-    return np.array([float(str(x)) for x in column]) if column.dtype == np.float32 else column
-
-
-def _commit() -> str:
-    """The commit of the sources, marked if they are not what it holds."""
-    git = ["git", "-c", "safe.directory=*"]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        command = [*git, "status", "--porcelain", "--untracked-files=no", "--", "lib", "tools"]
-        changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + (" with uncommitted changes" if changed else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

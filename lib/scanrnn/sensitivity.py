@@ -59,6 +59,33 @@ def squared_norm(tree: PyTree, *, keep_axes: int = 0) -> Float[Array, "..."]:
     return jnp.sum(jnp.stack(squares), axis=0)
 
 
+class GroupMean(NamedTuple):
+    """A group of arrays: the mean square of their entries, and how many entries they have."""
+
+    mean_square: Array
+    size: int
+
+
+def mean_squares(tree: PyTree, group: Callable[[str], str]) -> dict[str, GroupMean]:
+    r"""$\frac1n\sum_i|g_i|^2$ over the n entries of each group of arrays of a pytree, of a gradient say.
+
+    `group` maps the name of an array, its path ("blocks[0].layer.input_real"), to the name of its group. Arrays that
+    are not floating point are passed over. Entries that are not finite make their group not finite, where they are
+    traced; otherwise **raises** `ValueError` naming the first array that holds one, and where no array is left.
+    """
+    sums: dict[str, list[Array]] = {}
+    sizes: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_inexact_array)):
+        array = jax.tree_util.keystr(path).lstrip(".")
+        require_finite(f"the array {array}", leaf)
+        name = group(array)
+        sums.setdefault(name, []).append(jnp.sum(jnp.abs(leaf) ** 2))
+        sizes[name] = sizes.get(name, 0) + leaf.size
+    if not sums:
+        raise ValueError(f"tree must hold a floating-point array, got {eqx.tree_pformat(tree)}")
+    return {name: GroupMean(jnp.sum(jnp.stack(sums[name])) / sizes[name], sizes[name]) for name in sums}
+
+
 def backpropagated_errors(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) -> PyTree:
     r"""$\delta_t = M_{T,t}^\top\,\delta_T = \partial L/\partial h_t$ for t = 0 ... T; a state with leading axis T + 1.
 

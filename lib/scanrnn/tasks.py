@@ -2,6 +2,8 @@ r"""Input processes and tasks.
 
 autoregressive:  x_t = ρ x_{t-1} + √(1 - ρ²) ε_t,   ε_t ~ N(0, 1),   so that  E[x_t x_{t+k}] = ρ^|k|
 oscillation:     the same with a complex ρ = r e^{iφ}, its real part,  E[x_t x_{t+k}] = r^|k| cos(φk)
+two_exponential: white noise and an autoregressive process, added,  E[x_t x_{t+k}] = white [k = 0] + slow ρ^|k|
+delayed_copy:    y_t = x_{t-delay} for bits x_t, once there is such a bit
 LinearTeacher:   h_t = A h_{t-1} + B x_t,  y_t = C h_t + D x_t,  x_t ~ N(0, 1),  the eigenvalues of A in a ring
 """
 
@@ -11,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from . import _resources
 from ._checks import require_finite, require_integer, require_rank, require_values
@@ -65,6 +67,65 @@ def oscillation(
     scaled = (jnp.sqrt(1 - r**2) * noise).at[:, 0].set(noise[:, 0]).reshape(2, length, -1)
     turn = jnp.broadcast_to(jax.lax.complex(r * jnp.cos(phi), r * jnp.sin(phi)), scaled.shape[2:])
     return linear_recurrence(turn, jax.lax.complex(scaled[0], scaled[1])).real.reshape(noise.shape[1:])
+
+
+def two_exponential(
+    key: PRNGKeyArray,
+    length: int,
+    shape: tuple[int, ...] = (),
+    *,
+    white: float | Float[Array, ""] = 0.332,
+    slow: float | Float[Array, ""] = 0.043056426671195004,
+    rho: float | Float[Array, ""] = 0.9970052541497257,
+) -> Float[Array, "time *shape"]:
+    r"""White noise plus a slow process, $\mathbb E[x_tx_{t+k}]=\mathrm{slow}\,\rho^{|k|}$ for k ≠ 0; (length, *shape).
+
+    $x_t=\sqrt{\mathrm{white}}\,w_t+\sqrt{\mathrm{slow}}\,u_t$ and $\mathbb E x_t^2=\mathrm{white}+\mathrm{slow}$.
+    Here w is white and u is `autoregressive` with correlation ρ: Gaussian of unit variance, independent of one another,
+    stationary from the first step. The entries of `shape` are independent copies. The defaults are what Zucchet &
+    Orvieto (2024) fitted to the token embeddings of a BERT (their Fig. 12): $\mathbb E x^2=0.375$, and a slow part that
+    lasts 1/(1 - ρ) = 334 steps.
+
+    Raises `ValueError` unless white and slow are one number each, at least 0 and finite, ρ one in [0, 1] and `length`
+    at least 1; traced values that are not allowed give NaN.
+    """
+    variances = {"white": white, "slow": slow}
+    for name, value in variances.items():
+        require_rank(name, value, 0)
+        require_values(name, value, "at least 0 and finite", lambda v: (v >= 0) & np.isfinite(v))
+    white_key, slow_key = jax.random.split(key)
+    memory = autoregressive(slow_key, length, rho, shape)
+    noise = jax.random.normal(white_key, memory.shape)
+    return _root(white, noise.dtype) * noise + _root(slow, noise.dtype) * memory
+
+
+def _root(variance: float | Float[Array, ""], dtype: np.dtype) -> Array:
+    value = jnp.asarray(variance, dtype)
+    return jnp.sqrt(jnp.where((value >= 0) & jnp.isfinite(value), value, jnp.nan))
+
+
+def delayed_copy(
+    key: PRNGKeyArray, length: int, delay: int | Int[Array, ""]
+) -> tuple[Float[Array, "time 1"], Float[Array, "time 1"], Float[Array, "time"]]:
+    r"""Bits to be repeated `delay` steps later: inputs, targets, (length, 1) each, and mask, (length,).
+
+    $x_t\in\{0,1\}$ are fair independent bits, $y_t=x_{t-\mathrm{delay}}$. The mask is 1 where that bit has been seen,
+    from t = delay on, and 0 before, where the targets are 0 too. `delay` may be traced: one program serves all delays.
+
+    Raises `ValueError` unless 0 <= delay < length and `length` is at least 1, `TypeError` for a delay that is not an
+    integer; a traced delay outside gives targets NaN.
+    """
+    require_integer("length", length, minimum=1)
+    require_rank("delay", delay, 0)
+    if not jnp.issubdtype(jnp.result_type(delay), jnp.integer):
+        raise TypeError(f"delay must be an integer, got {delay!r} of type {jnp.result_type(delay)}")
+    require_values("delay", delay, f"between 0 and {length - 1}", lambda d: (d >= 0) & (d < length))
+    delay = jnp.asarray(delay, int)
+    inputs = jax.random.bernoulli(key, 0.5, (length, 1)).astype(float)
+    mask = (jnp.arange(length) >= delay).astype(inputs.dtype)
+    allowed = (delay >= 0) & (delay < length)
+    targets = jnp.where(allowed, jnp.roll(inputs, delay, axis=0) * mask[:, None], jnp.nan)
+    return inputs, targets, mask
 
 
 class LinearTeacher(eqx.Module):

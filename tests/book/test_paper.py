@@ -71,7 +71,7 @@ def test_a_figure_becomes_a_table_into_which_other_teachers_are_merged(run, tmp_
 
 def test_the_commit_is_that_of_the_start(run, monkeypatch, tmp_path):
     moments = []
-    monkeypatch.setattr(paper, "_commit", lambda: moments.append("commit") or "abc")
+    monkeypatch.setattr(paper.tables, "current_commit", lambda: moments.append("commit") or "abc")
     group = dict.fromkeys((*COLUMNS, *MEASURED), np.array([False]))
     monkeypatch.setattr(paper, "_run_group", lambda *_: moments.append("group") or group)
     assert about(run("authors"))["authors"]["commit"] == "abc"

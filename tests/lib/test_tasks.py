@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scanrnn import _resources
-from scanrnn.tasks import LinearTeacher, autoregressive, oscillation
+from scanrnn.tasks import LinearTeacher, autoregressive, delayed_copy, oscillation, two_exponential
 from scanrnn.theory import population_loss
 
 COPIES, LENGTH = 20_000, 6
@@ -144,6 +144,121 @@ def test_oscillation_refuses(arguments, message):
 
 def test_a_traced_persistence_outside_its_range_gives_nan():
     assert jnp.isnan(jax.jit(lambda r: oscillation(jr.key(0), 5, r, 1.0))(1.5)).all()
+
+
+# --- white noise and a slow process -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("white", "slow", "rho"), [(0.3, 0.7, 0.9), (2.0, 0.0, 0.5), (0.0, 2.0, 0.5), (0.5, 1.5, 1.0)])
+def test_two_exponential_has_the_autocovariance_of_its_two_parts_from_the_first_step(white, slow, rho):
+    x = two_exponential(jr.key(11), LENGTH, (COPIES,), white=white, slow=slow, rho=rho)
+    assert x.shape == (LENGTH, COPIES)
+    variance = white + slow
+    assert jnp.max(jnp.abs(jnp.mean(x, axis=1))) < 4 * np.sqrt(variance / COPIES)
+    for s in range(LENGTH):
+        for t in range(s, LENGTH):
+            covariance = slow * rho ** (t - s) + white * (s == t)
+            # Var(x y) = v² + c² for two normals of variance v and covariance c
+            error = np.sqrt((variance**2 + covariance**2) / COPIES)
+            assert abs(jnp.mean(x[s] * x[t]) - covariance) < 4 * error, (s, t)
+
+
+def test_two_exponential_is_the_sum_of_what_its_equation_says():
+    white_key, slow_key = jr.split(jr.key(12))
+    want = np.sqrt(0.3) * jr.normal(white_key, (50, 2)) + np.sqrt(0.7) * autoregressive(slow_key, 50, 0.8, (2,))
+    x = two_exponential(jr.key(12), 50, (2,), white=0.3, slow=0.7, rho=0.8)
+    np.testing.assert_allclose(x, want, rtol=0, atol=1e-14)
+    traced = jax.jit(lambda w, s, r: two_exponential(jr.key(12), 50, (2,), white=w, slow=s, rho=r))(0.3, 0.7, 0.8)
+    np.testing.assert_allclose(traced, want, rtol=0, atol=1e-14)
+
+
+def test_two_exponential_is_the_paper_s_unless_told_otherwise():
+    x = two_exponential(jr.key(13), 200, (COPIES,))[jnp.array([0, 199])]
+    slow, rho = 0.043056426671195004, 0.9970052541497257
+    variance, covariance = 0.332 + slow, slow * rho**199
+    assert jnp.max(jnp.abs(jnp.mean(x**2, axis=1) - variance)) < 4 * np.sqrt(2 / COPIES) * variance
+    error = np.sqrt((variance**2 + covariance**2) / COPIES)
+    assert abs(jnp.mean(x[0] * x[1]) - covariance) < 4 * error
+    assert covariance > 6 * error  # so that the slow part is seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"white": -0.1}, "white must be at least 0 and finite, got -0.1"),
+        ({"slow": float("nan")}, "slow must be at least 0 and finite, got nan"),
+        ({"slow": np.inf}, "slow must be at least 0 and finite, got inf"),
+        ({"white": np.zeros(2)}, r"white must have 0 axes, got shape \(2,\)"),
+        ({"rho": 1.1}, r"rho must be in \[0, 1\], got 1.1"),
+    ],
+)
+def test_two_exponential_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        two_exponential(jr.key(0), 5, **options)
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        two_exponential(jr.key(0), 0)
+
+
+@pytest.mark.parametrize("name", ["white", "slow", "rho"])
+def test_a_traced_parameter_of_two_exponential_that_is_not_allowed_gives_nan(name):
+    assert jnp.isnan(jax.jit(lambda value: two_exponential(jr.key(0), 5, **{name: value}))(-0.5)).all()
+
+
+# --- a delayed copy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", [0, 1, 7, 19])
+def test_the_target_is_the_bit_of_delay_steps_ago(delay):
+    inputs, targets, mask = delayed_copy(jr.key(2), 20, delay)
+    assert inputs.shape == targets.shape == (20, 1)
+    assert mask.shape == (20,)
+    assert inputs.dtype == targets.dtype == mask.dtype == float
+    assert set(np.unique(inputs)) == {0.0, 1.0}
+    np.testing.assert_array_equal(targets[delay:], inputs[: 20 - delay])
+    np.testing.assert_array_equal(targets[:delay], np.zeros((delay, 1)))
+    np.testing.assert_array_equal(mask, np.arange(20) >= delay)
+    traced = jax.jit(lambda d: delayed_copy(jr.key(2), 20, d))
+    for value in (delay, np.int32(delay), jnp.int32(delay)):
+        for one, another in zip(traced(value), (inputs, targets, mask), strict=True):
+            np.testing.assert_array_equal(one, another)
+        again = delayed_copy(jr.key(2), 20, value)  # pyright: ignore[reportArgumentType]
+        for one, another in zip(again, (inputs, targets, mask), strict=True):
+            np.testing.assert_array_equal(one, another)
+
+
+def test_one_program_serves_all_delays_and_those_outside_give_nan():
+    delays = jnp.arange(-1, 7)
+    inputs, targets, mask = jax.jit(jax.vmap(lambda d: delayed_copy(jr.key(4), 6, d)))(delays)
+    assert (inputs == inputs[:1]).all()
+    np.testing.assert_array_equal(jnp.isnan(targets).all(axis=(1, 2)), (delays < 0) | (delays > 5))
+    for i in range(1, 7):
+        np.testing.assert_array_equal(targets[i], delayed_copy(jr.key(4), 6, int(delays[i]))[1])
+        assert mask[i].sum() == 6 - int(delays[i])
+
+
+def test_the_bits_are_fair_and_independent():
+    bits = delayed_copy(jr.key(6), COPIES, 0)[0][:, 0] * 2 - 1
+    # signs: mean and products of neighbours have mean 0 and variance 1
+    assert abs(jnp.mean(bits)) < 4 / np.sqrt(COPIES)
+    for lag in (1, 2, 5):
+        assert abs(jnp.mean(bits[lag:] * bits[:-lag])) < 4 / np.sqrt(COPIES - lag)
+    assert (delayed_copy(jr.key(7), 50, 0)[0] != delayed_copy(jr.key(8), 50, 0)[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("length", "delay", "error", "message"),
+    [
+        (5, 5, ValueError, "delay must be between 0 and 4, got 5"),
+        (5, -1, ValueError, "delay must be between 0 and 4, got -1"),
+        (5, np.array([1, 2]), ValueError, r"delay must have 0 axes, got shape \(2,\)"),
+        (0, 0, ValueError, "length must be at least 1, got 0"),
+        (5, 2.0, TypeError, r"delay must be an integer, got 2\.0 of type float"),
+        (5, True, TypeError, "delay must be an integer, got True of type bool"),
+    ],
+)
+def test_delays_that_cannot_be_are_refused(length, delay, error, message):
+    with pytest.raises(error, match=message):
+        delayed_copy(jr.key(0), length, delay)
 
 
 # --- a teacher --------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ in what λ is a function of:
     MinGRU, GRU    z_t = σ(... + b)                    γ_t = 1 - z_t
     LSTM           f_t = σ(... + b)                    γ_t = i_t, a gate of its own
 
-Calling a layer gives its outputs, `states(inputs)` the recurrent state after each step. The linear layers (LinearRNN,
-DiagonalRNN, LRU, S4D, S5) also have `eigenvalues()` and `impulse_response(length)`. The initial state is zero, all
-parameters are real, and inputs are cast to their precision.
+Calling a layer gives its outputs, `states(inputs)` the recurrent state after each step, `coefficients(inputs)` what
+each unit's state is multiplied by at each step (λ, a_t, z_t, f_t). The linear layers (LinearRNN, DiagonalRNN, LRU, S4D,
+S5) also have `eigenvalues()` and `impulse_response(length)`. The initial state is zero, all parameters are real, and
+inputs are cast to their precision.
 
 Both calls raise `ValueError` unless `inputs` has the shape (T, d_in) with T >= 1, and `TypeError` unless it is real
 floating point. Its values are not looked at: NaN in gives NaN out.

@@ -20,6 +20,10 @@ class Layer(eqx.Module):
         """The recurrent state after each step."""
 
     @abc.abstractmethod
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Inexact[Array, "time hidden"]:
+        """What the recurrent state of each unit is multiplied by at each step: λ, or the gate that keeps the state."""
+
+    @abc.abstractmethod
     def __call__(self, inputs: Float[Array, "time input"]) -> Float[Array, "time output"]:
         """The output at each step."""
 
@@ -35,6 +39,11 @@ class LinearLayer(Layer):
     @abc.abstractmethod
     def eigenvalues(self) -> Complex[Array, " hidden"]:
         """λ, one for each coordinate of the state, in the order of `states`."""
+
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Complex[Array, "time hidden"]:
+        """λ, the same at each step; (T, N)."""
+        lam = self.eigenvalues()
+        return jnp.broadcast_to(lam, (len(inputs), lam.size))
 
     def impulse_response(self, length: int) -> Float[Array, "{length} output input"]:
         r"""The first `length` matrices $\kappa_k$ of $y_t=\sum_{k=0}^{t}\kappa_k\,x_{t-k}$; (length, d_out, d_in).

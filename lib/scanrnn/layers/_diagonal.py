@@ -58,7 +58,7 @@ class _Diagonal(LinearLayer):
         self.input_imag = scaled_normal(input_imag_key, (d_hidden, d_in), 1 / d_hidden)
         self.output_real = scaled_normal(output_real_key, (d_out, d_hidden), 1 / d_out)
         self.output_imag = scaled_normal(output_imag_key, (d_out, d_hidden), 1 / d_out)
-        self.feedthrough = scaled_normal(feedthrough_key, (d_out, d_in), 1)
+        self.feedthrough = scaled_normal(feedthrough_key, (d_out, d_in), 1 / d_out)
         self._input_matrix()  # so that a normaliser that does not fit is refused here
 
     @property
@@ -120,7 +120,7 @@ class DiagonalRNN(_Diagonal):
     λ, or a `LearnedNormalizer`), or None for γ = 1; `key`.
 
     The eigenvalues need not come in conjugate pairs. With γ = 1 this is the "complex diagonal RNN" of Zucchet & Orvieto
-    (2024). Initialised as theirs: each part of B ~ N(0, 1/d_hidden), each part of C ~ N(0, 1/d_out), D ~ N(0, 1).
+    (2024). Initialised as theirs: each part of B ~ N(0, 1/d_hidden), each part of C ~ N(0, 1/d_out), D ~ N(0, 1/d_out).
     Parameters are real: those of `eigenvalues` and `normalization`, and the two parts of B and C.
 
     Raises `ValueError` for a size below 1 or where λ or γ does not have the shape (d_hidden,); `TypeError` for sizes

@@ -76,16 +76,23 @@ class RGLRU(Layer):
     def states(self, inputs: Float[Array, "time input"]) -> Float[Array, "time hidden"]:
         """h after each step; (T, d_hidden)."""
         u = as_inputs(inputs, self.projection) @ self.projection.T
-        gate = jax.nn.sigmoid(u @ self.gate_weight.T + self.gate_bias[None])
         input_gate = jax.nn.sigmoid(u @ self.input_gate_weight.T + self.input_gate_bias[None])
-        log_a = -self.sharpness * jax.nn.softplus(self.decay)[None] * gate
+        log_a = self._log_coefficients(u)
         # 1 - a² without cancellation; never 0, where the root's slope is infinite and the gradient would be NaN
         rest = jnp.maximum(-jnp.expm1(2 * log_a), jnp.finfo(log_a.dtype).tiny)
         return linear_recurrence(jnp.exp(log_a), jnp.sqrt(rest) * input_gate * u)
 
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Float[Array, "time hidden"]:
+        """a_t; (T, d_hidden)."""
+        return jnp.exp(self._log_coefficients(as_inputs(inputs, self.projection) @ self.projection.T))
+
     def __call__(self, inputs: Float[Array, "time input"]) -> Float[Array, "time output"]:
         """y; (T, d_out)."""
         return self.states(inputs) @ self.output_weight.T
+
+    def _log_coefficients(self, u: Array) -> Array:
+        gate = jax.nn.sigmoid(u @ self.gate_weight.T + self.gate_bias[None])
+        return -self.sharpness * jax.nn.softplus(self.decay)[None] * gate
 
 
 class MinGRU(Layer):
@@ -138,6 +145,10 @@ class MinGRU(Layer):
         # 1 - σ(x) = σ(-x), without cancellation
         return linear_recurrence(jax.nn.sigmoid(gate), jax.nn.sigmoid(-gate) * jax.vmap(self.candidate)(inputs))
 
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Float[Array, "time hidden"]:
+        """z_t; (T, d_hidden)."""
+        return jax.nn.sigmoid(jax.vmap(self.gate)(as_inputs(inputs, self.gate.weight)))
+
     def __call__(self, inputs: Float[Array, "time input"]) -> Float[Array, "time output"]:
         """y; (T, d_out)."""
         return jax.vmap(self.readout)(self.states(inputs))
@@ -178,6 +189,10 @@ class GRU(Layer):
         """h after each step; (T, d_hidden)."""
         inputs = as_inputs(inputs, self.cell.weight_ih)
         return scan_cell(self.cell, jnp.zeros(self.cell.hidden_size, inputs.dtype), inputs)[1]
+
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Float[Array, "time hidden"]:
+        """z_t; (T, d_hidden)."""
+        return _second_gate(self.cell, as_inputs(inputs, self.cell.weight_ih), self.states(inputs))
 
     def __call__(self, inputs: Float[Array, "time input"]) -> Float[Array, "time output"]:
         """y; (T, d_out)."""
@@ -220,6 +235,10 @@ class LSTM(Layer):
         """The cell state c after each step; (T, d_hidden)."""
         return self._scan(inputs)[1]
 
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Float[Array, "time hidden"]:
+        """f_t; (T, d_hidden)."""
+        return _second_gate(self.cell, as_inputs(inputs, self.cell.weight_ih), self._scan(inputs)[0])
+
     def __call__(self, inputs: Float[Array, "time input"]) -> Float[Array, "time output"]:
         """y, which reads h; (T, d_out)."""
         return jax.vmap(self.readout)(self._scan(inputs)[0])
@@ -228,6 +247,14 @@ class LSTM(Layer):
         inputs = as_inputs(inputs, self.cell.weight_ih)
         zero = jnp.zeros(self.cell.hidden_size, inputs.dtype)
         return scan_cell(self.cell, (zero, zero), inputs)[1]
+
+
+def _second_gate(cell: eqx.nn.GRUCell | eqx.nn.LSTMCell, inputs: Array, read: Array) -> Array:
+    """σ(Wx_t + Uh_{t-1} + b) of Equinox's second gate, which keeps the state: a GRU's update, an LSTM's forget gate."""
+    rows = slice(cell.hidden_size, 2 * cell.hidden_size)
+    before = jnp.concatenate([jnp.zeros_like(read[:1]), read[:-1]])
+    argument = inputs @ cell.weight_ih[rows].T + before @ cell.weight_hh[rows].T
+    return jax.nn.sigmoid(argument if cell.bias is None else argument + cell.bias[None, rows])
 
 
 def _times(min_time: float | None, max_time: float | None) -> tuple[float, float] | None:

@@ -230,11 +230,15 @@ class SelectiveSSM(Layer):
     def states(self, inputs: Float[Array, "time input"]) -> Float[Array, "time states"]:
         """h after each step, channel by channel; (T, d_in · d_hidden)."""
         inputs = as_inputs(inputs, self.mixing)
-        step = jax.nn.softplus(inputs @ self.step_weight.T + self.step_bias[None])
-        lam = jnp.exp(-step[:, :, None] * jnp.exp(self.log_decay)[None])
+        step = self._steps(inputs)
         weight = inputs @ self.input_weight.T + self.input_bias[None]
         drive = (step * inputs)[:, :, None] * weight[:, None]
-        return linear_recurrence(lam.reshape(len(inputs), -1), drive.reshape(len(inputs), -1))
+        return linear_recurrence(self.coefficients(inputs), drive.reshape(len(inputs), -1))
+
+    def coefficients(self, inputs: Float[Array, "time input"]) -> Float[Array, "time states"]:
+        """λ_t, channel by channel; (T, d_in · d_hidden)."""
+        step = self._steps(as_inputs(inputs, self.mixing))
+        return jnp.exp(-step[:, :, None] * jnp.exp(self.log_decay)[None]).reshape(len(inputs), -1)
 
     def __call__(self, inputs: Float[Array, "time input"]) -> Float[Array, "time output"]:
         """y; (T, d_out)."""
@@ -243,6 +247,10 @@ class SelectiveSSM(Layer):
         weight = inputs @ self.output_weight.T + self.output_bias[None]
         outputs = jnp.einsum("tfn,tn->tf", h, weight) + inputs * self.feedthrough[None]
         return outputs @ self.mixing.T
+
+    def _steps(self, inputs: Array) -> Array:
+        """Δ_t; (T, d_in)."""
+        return jax.nn.softplus(inputs @ self.step_weight.T + self.step_bias[None])
 
 
 def _zero_order_hold(log_decay: Array, frequency: Array, log_step: Array) -> tuple[Array, Array]:
@@ -270,7 +278,7 @@ def _s4d_lin(shape: tuple[int, ...], decay: float) -> tuple[Array, Array]:
 
 def _log_steps(key: PRNGKeyArray, n: int, min_step: float, max_step: float) -> Float[Array, " {n}"]:
     require_range("min_step", min_step, "max_step", max_step)
-    return jax.random.uniform(key, (n,), minval=np.log(min_step).item(), maxval=np.log(max_step).item())
+    return jax.random.uniform(key, (n,), minval=jnp.log(min_step), maxval=jnp.log(max_step))
 
 
 def _require_decay(decay: float) -> None:

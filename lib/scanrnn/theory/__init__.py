@@ -12,9 +12,16 @@ Linear teacher and student in one dimension, white input:  L = ½ E|h - h*|² fo
 Linear teacher and student of any size, from their impulse responses, white input, T steps from the state zero:
 L = ½ Σ_k (1 - k/T) |Δκ_k|².
 
+A unit behind a constant gate, h_t = z h_{t-1} + (1 - z) y_t with z = σ(b): E h² and E(∂h/∂b)².
+
 Random networks: exponents of products of Gaussian matrices, and the mean-field theory of a vanilla network.
 """
 
+from ._gates import (
+    gated_sensitivity_variance,
+    gated_state_variance,
+    released_gated_sensitivity_variance,
+)
 from ._linear import (
     hessian_overlap,
     power_spectrum,
@@ -43,6 +50,8 @@ __all__ = [
     "eigenvalue_hessian",
     "finite_hessian_overlap",
     "gain_sensitivity",
+    "gated_sensitivity_variance",
+    "gated_state_variance",
     "gaussian_log_determinant",
     "gaussian_product_exponents",
     "gaussian_product_spread",
@@ -52,6 +61,7 @@ __all__ = [
     "one_dim_loss",
     "population_loss",
     "power_spectrum",
+    "released_gated_sensitivity_variance",
     "reparametrized_sensitivity",
     "sampled_loss",
     "sensitivity_variance",
