@@ -72,7 +72,7 @@ FIGURES: dict[str, tuple[tuple[Stacks, ...], tuple[str, ...]]] = {
 PARTS = {figure: parts for figure, (_, parts) in FIGURES.items()}
 SEEDS = {
     "zo24-fig5": 8,  # of 16 sequences each: the paper's 128
-    "zo24-fig5-others": 5,
+    "zo24-fig5-others": 3,
     "zo24-fig5-phases": 5,
     "zo24-fig5-training": 3,
     "delayed-copy": 3,

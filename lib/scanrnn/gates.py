@@ -10,6 +10,8 @@ input's autocovariance. `gated_unit_sample` measures h² and (∂h/∂b)² for a
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -116,12 +118,12 @@ def gated_unit_sample(
 
 
 def average_by_time(
-    times: Float[Array, "samples"],
-    values: Float[Array, "samples"],
-    at: Float[Array, "points"],
+    times: Float[Array, " samples"],
+    values: Float[Array, " samples"],
+    at: Float[Array, " points"],
     *,
     width: float = 10.0,
-) -> Float[Array, "points"]:
+) -> Float[Array, " points"]:
     r"""The mean of the values whose times lie near each T of `at`, as the smooth curves of Fig. 15.
 
     $\sum_iw_iv_i$ with $w=\mathrm{softmax}(-(T-T_i)^2/\ell^2)$; $\ell$ = `width` is 10 in Zucchet & Orvieto (2024).
@@ -135,6 +137,35 @@ def average_by_time(
         raise ValueError(f"values must have the shape of times, {times.shape}, got {values.shape}")
     require_values("width", width, "positive and finite", lambda w: (w > 0) & np.isfinite(w))
     return jax.lax.map(lambda t: jax.nn.softmax(-(((t - times) / width) ** 2)) @ values, at)
+
+
+def bin_by_time(
+    times: Float[Array, "samples hidden"], values: Float[Array, "samples hidden"], edges: Float[Array, " edges"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per bin of time scales: the mean time, the mean value, and its standard error over samples; (bins,) each.
+
+    A sample counts with the mean over its units in the bin, and not at all where it has none: units of one network
+    share their inputs, so they are not independent.
+
+    Raises `ValueError` unless times and values have the same two axes, the edges ascend, and every bin holds units of
+    at least two samples.
+    """
+    times, values, edges = np.asarray(times), np.asarray(values), np.asarray(edges)
+    if times.ndim != 2 or times.shape != values.shape:
+        raise ValueError(f"times and values must have one shape (samples, units), got {times.shape} and {values.shape}")
+    if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
+        raise ValueError(f"edges must ascend along one axis, at least two, got {edges}")
+    centres, means, errors = [], [], []
+    for low, high in itertools.pairwise(edges):
+        inside = (times >= low) & (times < high)
+        counts = inside.sum(axis=1)
+        if np.sum(counts > 0) < 2:
+            raise ValueError(f"the bin from {low} to {high} must hold units of at least two samples, got {counts}")
+        per_sample = np.where(inside, values, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
+        centres.append(times[inside].mean())
+        means.append(per_sample.mean())
+        errors.append(per_sample.std(ddof=1) / np.sqrt(len(per_sample)))
+    return np.array(centres), np.array(means), np.array(errors)
 
 
 def chrono_gru(

@@ -79,6 +79,24 @@ def select(table: Mapping[str, np.ndarray], **where: Any) -> Table:
     return {name: column[keep] for name, column in table.items()}
 
 
+def pivot(table: Mapping[str, np.ndarray], column: str, *axes: str) -> Shaped[np.ndarray, "..."]:
+    """`column` as an array with one axis for each of the columns `axes`, along which their values ascend.
+
+    Raises `ValueError` unless the table has these columns, and exactly one row for each combination of their values.
+    """
+    for name in (column, *axes):
+        if name not in table:
+            raise ValueError(f"the table has the columns {list(table)}, got {name!r}")
+    ranks = [np.unique(table[name], return_inverse=True)[1].ravel() for name in axes]
+    shape = tuple(int(rank.max(initial=-1)) + 1 for rank in ranks)
+    places = np.ravel_multi_index(ranks, shape) if table[column].size else np.zeros(0, int)
+    if not np.array_equal(np.sort(places), np.arange(np.prod(shape, dtype=int))):
+        raise ValueError(f"table must have one row for each combination of {axes}, {shape}, got {places.size} rows")
+    values = np.empty_like(table[column])
+    values[places] = table[column]
+    return values.reshape(shape)
+
+
 def best_rate(table: Mapping[str, np.ndarray], *, loss: str = "final_loss") -> tuple[float, Table, bool]:
     """The learning rate with the least mean loss, its rows, and whether it lies at the edge of the grid of rates.
 

@@ -305,3 +305,25 @@ def test_averages_that_make_no_sense_are_refused():
         average_by_time(two, two, jnp.ones(()))
     with pytest.raises(ValueError, match=r"^width must be positive and finite, got 0\.0"):
         average_by_time(two, two, two, width=0.0)
+
+
+def test_bins_are_means_over_the_units_of_a_sample_and_then_over_samples():
+    times = np.array([[1.0, 1.5, 3.0], [1.2, 3.0, 3.5], [5.0, 3.0, 3.0]])
+    values = np.array([[1.0, 3.0, 7.0], [4.0, 1.0, 2.0], [9.0, 4.0, 6.0]])
+    centres, means, errors = gates.bin_by_time(times, values, np.array([1.0, 2.0, 4.0]))
+    assert np.allclose(centres, [(1 + 1.5 + 1.2) / 3, (3 + 3 + 3.5 + 3 + 3) / 5], rtol=1e-14)
+    assert np.allclose(means, [(2 + 4) / 2, (7 + 1.5 + 5) / 3], rtol=1e-14)
+    assert np.allclose(errors[0], np.std([2, 4], ddof=1) / np.sqrt(2), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("times", "edges", "match"),
+    [
+        (np.ones(3), [0.0, 2.0], "one shape"),
+        (np.ones((2, 2)), [2.0, 1.0], "ascend"),
+        (np.ones((2, 2)), [2.0, 3.0], "at least two samples"),
+    ],
+)
+def test_bins_refuse(times, edges, match):
+    with pytest.raises(ValueError, match=match):
+        gates.bin_by_time(times, np.ones((2, 2)), np.array(edges))

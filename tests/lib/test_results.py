@@ -198,3 +198,27 @@ def test_the_best_of_each_combination_is_in_the_order_of_numbers_not_of_their_di
     table = table_of(student=["b", "b", "a", "b"], seed=[10, 9, 10, 10], final_loss=[3.0, 2.0, 4.0, 1.0])
     np.testing.assert_array_equal(results.best_of_each(table, by=("student", "seed")), [4, 2, 1])
     np.testing.assert_array_equal(results.best_of_each(table, by=("seed", "student")), [2, 4, 1])
+
+
+def test_pivot_puts_every_row_in_its_place():
+    table = {"seed": np.array([1, 0, 1, 0]), "t": np.array([10.0, 1.0, 1.0, 10.0]), "x": np.array([4, 1, 3, 2])}
+    assert results.pivot(table, "x", "seed", "t").tolist() == [[1, 2], [3, 4]]
+    assert results.pivot(table, "x", "t", "seed").tolist() == [[1, 3], [2, 4]]
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_pivot_refuses_a_table_with_gaps(rows):
+    table = {"seed": np.array([1, 0, 1])[:rows], "t": np.array([10.0, 1.0, 1.0])[:rows], "x": np.arange(3)[:rows]}
+    if rows:
+        with pytest.raises(ValueError, match="one row for each combination"):
+            results.pivot(table, "x", "seed", "t")
+    else:
+        assert results.pivot(table, "x", "seed", "t").shape == (0, 0)
+
+
+def test_pivot_refuses_two_rows_for_one_place_and_unknown_columns():
+    twice = {"seed": np.array([0, 0]), "x": np.arange(2)}
+    with pytest.raises(ValueError, match="one row for each combination"):
+        results.pivot(twice, "x", "seed")
+    with pytest.raises(ValueError, match="got 'y'"):
+        results.pivot(twice, "y", "seed")
