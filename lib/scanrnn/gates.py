@@ -7,10 +7,9 @@ input's autocovariance. `gated_unit_sample` measures h² and (∂h/∂b)² for a
 ∂h_Δ/∂h_0 of any cell, such as a `chrono_gru`, whose entries say which units talk to which over time.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import itertools
 
 import equinox as eqx
 import jax

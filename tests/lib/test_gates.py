@@ -12,6 +12,7 @@ import pytest
 from scanrnn.gates import (
     SimpleGRU,
     average_by_time,
+    bin_by_time,
     chrono_gru,
     gated_unit_sample,
     jacobian_entries,
@@ -310,7 +311,7 @@ def test_averages_that_make_no_sense_are_refused():
 def test_bins_are_means_over_the_units_of_a_sample_and_then_over_samples():
     times = np.array([[1.0, 1.5, 3.0], [1.2, 3.0, 3.5], [5.0, 3.0, 3.0]])
     values = np.array([[1.0, 3.0, 7.0], [4.0, 1.0, 2.0], [9.0, 4.0, 6.0]])
-    centres, means, errors = gates.bin_by_time(times, values, np.array([1.0, 2.0, 4.0]))
+    centres, means, errors = bin_by_time(times, values, np.array([1.0, 2.0, 4.0]))
     assert np.allclose(centres, [(1 + 1.5 + 1.2) / 3, (3 + 3 + 3.5 + 3 + 3) / 5], rtol=1e-14)
     assert np.allclose(means, [(2 + 4) / 2, (7 + 1.5 + 5) / 3], rtol=1e-14)
     assert np.allclose(errors[0], np.std([2, 4], ddof=1) / np.sqrt(2), rtol=1e-14)
@@ -326,4 +327,4 @@ def test_bins_are_means_over_the_units_of_a_sample_and_then_over_samples():
 )
 def test_bins_refuse(times, edges, match):
     with pytest.raises(ValueError, match=match):
-        gates.bin_by_time(times, np.ones((2, 2)), np.array(edges))
+        bin_by_time(times, np.ones((2, 2)), np.array(edges))
