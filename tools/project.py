@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
-DEPENDENCIES = ("lib", "book/claims.toml", "book/results", "constraints.txt")
+DEPENDENCIES = ("lib", "book/claims.toml", "book/data", "book/results", "constraints.txt")
 
 
 @dataclass(frozen=True)

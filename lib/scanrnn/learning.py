@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from . import propagation
 from ._checks import require_integer
 from .deep import Norm, ResidualStack
-from .embeddings import text_embeddings
+from .embeddings import COUNT, LENGTH, text_embeddings
 from .propagation import MakeLayer, Propagation
 from .tasks import delayed_copy, two_exponential
 from .training import train
@@ -38,7 +38,12 @@ def surrogate(key: PRNGKeyArray, batch: int, length: int, *, features: int = 768
 
 
 def text(key: PRNGKeyArray, batch: int, length: int) -> Float[Array, "batch time feature"]:
-    """The first `length` steps of `batch` of the 128 text sequences, drawn without replacement."""
+    """The first `length` steps of `batch` of the 128 text sequences, drawn without replacement.
+
+    Raises `ValueError` unless 1 <= batch <= 128 and 1 <= length <= 512.
+    """
+    require_integer("batch", batch, minimum=1, maximum=COUNT)
+    require_integer("length", length, minimum=1, maximum=LENGTH)
     whole = text_embeddings()
     return jr.choice(key, whole, (batch,), replace=False)[:, :length]
 
@@ -81,8 +86,12 @@ def propagate_while_training(
     """`propagate` before training and at equally spaced checkpoints of it: each entry with a leading axis of these.
 
     Adam at `learning_rate` on `propagation.reconstruction_loss`, a batch drawn anew at each step; measured on one
-    batch of its own. Also `curve`, the loss of each step.
+    batch of its own. Also `curve`, the loss of each step, and `steps_taken`. `ValueError` unless `checkpoints` divides
+    `steps`.
     """
+    require_integer("checkpoints", checkpoints, minimum=1)
+    if steps % checkpoints:
+        raise ValueError(f"checkpoints must divide steps = {steps}, got {checkpoints}")
     stack_key, input_key, train_key = jr.split(jr.key(point["seed"]), 3)
     sequences = inputs(input_key, batch, length)
     d_in = sequences.shape[-1]
@@ -115,11 +124,17 @@ def learn_delayed_copy(
 ) -> dict[str, Array]:
     """One stack learns to copy over `delay` steps, its layers' memory starting at the delay; Adam at `learning_rate`.
 
-    **Returns** `final_loss`, in bits per scored step, the mean over the last twentieth of the steps; `accuracy` on 64
-    sequences not seen before; `diverged`; and `curve`, the loss in 20 stretches.
+    **Returns** `final_loss`, in bits per scored step, the mean over the last twentieth of the steps, NaN if the run
+    diverged; `accuracy` on 64 sequences not seen before; `diverged`; and `curve`, the loss in 20 stretches.
+
+    Raises `ValueError` unless `steps` is a multiple of 20.
     """
+    require_integer("steps", steps, minimum=1)
+    if steps % 20:
+        raise ValueError(f"steps must be a multiple of 20, got {steps}")
     stack_key, train_key, test_key = jr.split(jr.key(point["seed"]), 3)
-    stack = propagation.make(layer, point["delay"] * 1.0, d_in=1, width=width, depth=depth, norm=norm, key=stack_key)
+    memory: Any = jnp.asarray(point["delay"], float)
+    stack = propagation.make(layer, memory, d_in=1, width=width, depth=depth, norm=norm, key=stack_key)
 
     def scores(stack: ResidualStack, key: PRNGKeyArray, count: int) -> tuple[Array, Array, Array]:
         draw = jax.vmap(lambda k: delayed_copy(k, length, point["delay"]))
@@ -133,12 +148,13 @@ def learn_delayed_copy(
 
     trained, _, record = train(loss, stack, optax.adam(point["learning_rate"]), steps, key=train_key)
     logits, targets, mask = scores(trained, test_key, 64)
-    right = ((logits > 0) == (targets > 0.5)) * mask
+    right = jnp.where((logits > 0) == (targets > 0.5), mask, 0)
     curve = jnp.mean(record.loss.reshape(20, -1), axis=1)
+    diverged = record.steps_taken < steps
     return {
-        "final_loss": curve[-1],
+        "final_loss": jnp.where(diverged, jnp.nan, curve[-1]),
         "accuracy": jnp.sum(right) / jnp.sum(mask),
-        "diverged": record.steps_taken < steps,
+        "diverged": diverged,
         "curve": curve,
     }
 

@@ -2,7 +2,7 @@ r"""Signals through deep recurrent networks: what goes forward and what comes ba
 
     forward    E |s^l|²                                  the residual stream after block l
     backward   E |∂L/∂θ|²  over the entries of θ         for each group of parameters of block l
-    loss       L = ½ E |ŷ_{t+1} - x_{t-1}|²               as in the released experiment of Zucchet & Orvieto (2024)
+    loss       L = ½ E |ŷ_t - x_{t-1}|²                   as in the released experiment of Zucchet & Orvieto (2024)
 
 `make(...)` builds one of the stacks below with all its layers at the memory t; `measure` passes a batch of sequences
 through it and back. The stacks differ in the recurrent layer only:
@@ -97,6 +97,7 @@ def make(
     Raises `ValueError` unless memory >= 1 and the sizes are at least 1; else as `ResidualStack`.
     """
     require_values("memory", memory, "at least 1 and finite", lambda t: (t >= 1) & np.isfinite(t))
+    require_integer("width", width, minimum=1)
     require_integer("depth", depth, minimum=1)
     stack_key, *keys = jax.random.split(key, depth + 1)
     layers = [layer(width, memory, key=k) for k in keys]
@@ -148,15 +149,15 @@ def measure(stack: ResidualStack, sequences: Float[Array, "batch time input"]) -
         raise ValueError(f"sequences must have at least 3 steps, got shape {sequences.shape}")
     loss, forward, gradient, memory = _measure(stack, sequences)
     blocks = tuple(mean_squares(block, group) for block in gradient.blocks)
-    ends = mean_squares((gradient.encoder, gradient.decoder), lambda name: "encoder" if name[1] == "0" else "decoder")
+    ends = mean_squares(eqx.tree_at(lambda g: g.blocks, gradient, ()), lambda name: name.partition(".")[0])
     return Propagation(loss, forward, blocks, ends, memory)
 
 
 def reconstruction_loss(stack: ResidualStack, sequences: Float[Array, "batch time input"]) -> Float[Array, ""]:
-    r"""$\tfrac12\,\mathrm{mean}\,(\hat y_{t+1}-x_{t-1})^2$ over batch, time and features.
+    r"""$\tfrac12\,\mathrm{mean}\,(\hat y_t-x_{t-1})^2$ over batch, time t >= 1 and features.
 
-    The released code compares $\hat y_{1:}$ with $x_{:-1}$ one place further than "next token" would: the target is a
-    token that the network has already seen.
+    As the released code, which compares $\hat y_{1:}$ with $x_{:-1}$. "Next token" would be $\hat y_{:-1}$ with
+    $x_{1:}$, two places further: the target is a token that the network has already seen.
     """
     outputs = jax.vmap(stack, axis_name="batch")(sequences)
     return _error(outputs, sequences)

@@ -87,7 +87,14 @@ def test_execution_leaves_a_copy_and_a_record_and_is_not_repeated(project, capsy
     assert "up to date" in capsys.readouterr().out
 
 
-DEPENDENCIES = ("lib/code.py", "lib/deep/new.py", "book/claims.toml", "book/results/a.csv", "constraints.txt")
+DEPENDENCIES = (
+    "lib/code.py",
+    "lib/deep/new.py",
+    "book/claims.toml",
+    "book/data/a.npz",
+    "book/results/a.csv",
+    "constraints.txt",
+)
 
 
 @pytest.mark.parametrize("changed", DEPENDENCIES)

@@ -9,6 +9,14 @@ from tools.project import here
 LAST = "fig-forward"  # the last figure that shows live measurements on the inputs of the chapter's start
 
 
+def execute(sources: list[str], shown: dict[str, str]) -> None:
+    names: dict = {}
+    for source in sources:
+        exec(source, names)
+        if LAST in shown:
+            return
+
+
 @pytest.mark.slow
 def test_the_chapter_falls_back_and_says_so(monkeypatch):
     cells = nbformat.read(here().book / "06_deep_networks.ipynb", as_version=4).cells
@@ -22,12 +30,8 @@ def test_the_chapter_falls_back_and_says_so(monkeypatch):
     monkeypatch.setattr(embeddings, "_FILE", "data/no-such-file.npz")
     monkeypatch.setattr(figures, "show", show)
     monkeypatch.setattr(claims, "check", lambda name, *_: checked.append(name))
-    names: dict = {}
     with pytest.warns(RuntimeWarning, match="a surrogate stands in for the text embeddings"):
-        for source in sources:
-            exec(source, names)
-            if LAST in shown:
-                break
+        execute(sources, shown)
     assert set(shown) == {"fig-text-correlation", LAST}
     assert all("surrogate (no embedding file)" in words for words in shown.values())
     assert not [name for name in checked if name.startswith("c6-text")]

@@ -289,6 +289,63 @@ def test_a_linear_layer_is_the_convolution_with_its_impulse_response(kind):
     assert np.abs(states[2]).max() > 1e-2
 
 
+@pytest.mark.parametrize("kind", LINEAR)
+def test_coefficients_of_a_linear_layer_are_its_eigenvalues(kind):
+    layer = layer_of(kind)
+    coefficients = np.asarray(layer.coefficients(INPUTS))
+    assert coefficients.shape == (T, layer.eigenvalues().size)
+    np.testing.assert_array_equal(coefficients, np.tile(layer.eigenvalues(), (T, 1)))
+
+
+def rest_of(layer, x):
+    """What a step adds to the state multiplied by its coefficient, for a layer whose gates read the input x only."""
+    p = {name: array(layer, name) for name in vars(layer)} if not isinstance(layer, MinGRU) else {}
+    if isinstance(layer, SelectiveSSM):
+        step = softplus(p["step_weight"] @ x + p["step_bias"])
+        return np.outer(step * x, p["input_weight"] @ x + p["input_bias"]).ravel()
+    if isinstance(layer, RGLRU):
+        u = p["projection"] @ x
+        log_a = -8 * softplus(p["decay"]) * sigmoid(p["gate_weight"] @ u + p["gate_bias"])
+        return np.sqrt(-np.expm1(2 * log_a)) * sigmoid(p["input_gate_weight"] @ u + p["input_gate_bias"]) * u
+    return sigmoid(-affine(layer.gate, x)) * affine(layer.candidate, x)
+
+
+@pytest.mark.parametrize("kind", ["selective", "rglru", "mingru"])
+def test_coefficients_multiply_the_state_before(kind):
+    layer = layer_of(kind)
+    states = np.asarray(run(layer, INPUTS)[0])
+    coefficients = np.asarray(layer.coefficients(INPUTS))
+    assert coefficients.shape == states.shape
+    before = np.vstack([np.zeros_like(states[:1]), states[:-1]])
+    close(states, coefficients * before + np.stack([rest_of(layer, x) for x in INPUTS]))
+    assert np.abs(before[1:]).max(axis=0).min() > 1e-3  # so that each coefficient counts
+    assert np.ptp(coefficients, axis=0).min() > 1e-3  # and moves
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_coefficients_of_gated_cells_are_the_gate_that_keeps(kind):
+    layer, cell = layer_of(kind), layer_of(kind).cell
+    gates = 3 if kind == "gru" else 4  # Equinox's orders: reset, update, new; input, forget, candidate, output
+    W, U, b = (np.split(array(cell, name), gates)[1] for name in ("weight_ih", "weight_hh", "bias"))
+    h, c, want = np.zeros(N), np.zeros(N), []
+    for x in INPUTS:
+        want.append(sigmoid(W @ x + U @ h + b))
+        if kind == "gru":
+            h = np.asarray(cell(x, jnp.asarray(h)))
+        else:
+            h, c = map(np.asarray, cell(x, (jnp.asarray(h), jnp.asarray(c))))
+    close(layer.coefficients(INPUTS), want)
+    assert np.ptp(want, axis=0).min() > 1e-3
+
+
+@EVERY_CLASS
+def test_coefficients_of_single_inputs_have_the_precision_of_the_parameters(kind):
+    layer = layer_of(kind)
+    coefficients = jax.eval_shape(layer.coefficients, INPUTS.astype(np.float32))
+    assert coefficients.shape == jax.eval_shape(layer.states, INPUTS).shape
+    assert coefficients.dtype in (jnp.float64, jnp.complex128)
+
+
 @cache
 def sampled_layer(kind):
     return kind(1, 2, 1, key=jr.key(0))
@@ -663,7 +720,7 @@ def test_inputs_that_do_not_fit_are_refused(kind):
         (np.ones((T, 3), int), TypeError, "inputs must be floating point .* got int64"),
         (np.ones((T, 3), complex), TypeError, "inputs must be real, got complex128"),
     ]
-    for call in (layer, layer.states, eqx.filter_jit(layer)):
+    for call in (layer, layer.states, layer.coefficients, eqx.filter_jit(layer)):
         for inputs, error, message in cases:
             with pytest.raises(error, match=message):
                 call(inputs)

@@ -19,6 +19,7 @@ from scanrnn.sensitivity import (
     estimate,
     gradient_terms,
     loss_along_gradient,
+    mean_squares,
     parameter_sensitivity,
     squared_norm,
     state_derivative,
@@ -291,6 +292,41 @@ def test_squared_norm():
         squared_norm({"a": jnp.arange(3)})
     with pytest.raises(ValueError, match="keep_axes must be at least 0, got -1"):
         squared_norm(tree, keep_axes=-1)
+
+
+def test_mean_squares():
+    tree = {
+        "a": jnp.array([[3.0, 4.0], [0.0, 1.0]]),
+        "b": (jnp.array([1.0, 2.0]), None, "label", jnp.arange(2), jnp.array([3.0 + 4.0j])),
+    }
+    names = []
+
+    def group(name):
+        names.append(name)
+        return "all but one" if name != "['b'][0]" else "one"
+
+    got = mean_squares(tree, group)
+    assert names == ["['a']", "['b'][0]", "['b'][4]"]
+    assert {name: found.size for name, found in got.items()} == {"all but one": 5, "one": 2}
+    # weighted by entries, not by arrays
+    np.testing.assert_allclose(got["all but one"].mean_square, (9 + 16 + 1 + 25) / 5, rtol=1e-15)
+    np.testing.assert_allclose(got["one"].mean_square, (1 + 4) / 2, rtol=1e-15)
+    cell = VanillaCell(D_IN, N, key=jr.key(0))
+    inside = mean_squares({"cell": cell}, lambda name: name)
+    assert sum(found.size for found in inside.values()) == sum(map(np.size, jax.tree.leaves(cell)))
+    assert set(mean_squares(cell, lambda name: name)) == {name.removeprefix("['cell'].") for name in inside}
+
+
+def test_mean_squares_refuses_what_is_not_finite_by_name():
+    tree = {"a": jnp.ones(3), "b": [jnp.ones(2), jnp.array([[1.0, jnp.inf]])]}
+    with pytest.raises(ValueError, match=r"the array \['b'\]\[1\] must be finite, got inf at index \(0, 1\)"):
+        mean_squares(tree, lambda name: "all")
+    traced = jax.jit(lambda tree: mean_squares(tree, lambda name: name[2]))(tree)
+    assert np.isfinite(traced["a"].mean_square)
+    assert not np.isfinite(traced["b"].mean_square)
+    for empty in ({}, {"a": jnp.arange(3), "b": None}):
+        with pytest.raises(ValueError, match="tree must hold a floating-point array, got"):
+            mean_squares(empty, lambda name: "all")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -38,14 +38,19 @@ def wheel(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_wheel_carries_the_claims_and_the_result_tables_and_little_else(wheel):
+def test_the_wheel_carries_the_claims_the_result_tables_and_the_data_and_little_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         claims = archive.read("scanrnn/_data/claims.toml")
     assert claims == (PROJECT.book / "claims.toml").read_bytes()
-    tables = {f"scanrnn/_data/results/{path.name}" for path in (PROJECT.book / "results").iterdir()}
+    folders = {
+        f"scanrnn/_data/{folder}/{path.name}"
+        for folder in ("results", "data")
+        for path in (PROJECT.book / folder).iterdir()
+    }
+    assert {f"scanrnn/_data/data/text-embeddings.{suffix}" for suffix in ("npz", "json")} <= folders
     data = {name for name in sizes if "/_data/" in name}
-    assert data == tables | {"scanrnn/_data/claims.toml"}
+    assert data == folders | {"scanrnn/_data/claims.toml"}
     assert sum(sizes[name] for name in data) <= MAX_DATA
     assert all(name.startswith(("scanrnn/", "scanrnn-")) for name in sizes)
 

@@ -43,6 +43,7 @@ class LinearLayer(Layer):
     def coefficients(self, inputs: Float[Array, "time input"]) -> Complex[Array, "time hidden"]:
         """λ, the same at each step; (T, N)."""
         lam = self.eigenvalues()
+        inputs = as_inputs(inputs, jnp.empty((0, self._d_in), lam.real.dtype))
         return jnp.broadcast_to(lam, (len(inputs), lam.size))
 
     def impulse_response(self, length: int) -> Float[Array, "{length} output input"]:
