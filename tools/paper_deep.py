@@ -65,7 +65,7 @@ FIGURES: dict[str, tuple[tuple[Stacks, ...], tuple[str, ...]]] = {
         ("text",),
     ),
     "delayed-copy": (
-        (*(Stacks(layer, "layer") for layer in (*PAPER, *OTHERS)), Stacks("complex_rnn"), Stacks("lru")),
+        tuple(Stacks(layer, "layer") for layer in (*PAPER, *OTHERS)),
         ("bits",),
     ),
 }
@@ -106,7 +106,7 @@ def _propagation(kind: Stacks, part: str, seeds: int, steps: int, **how: Any) ->
 
 
 def _training(kind: Stacks, part: str, seeds: int, steps: int, **how: Any) -> dict[str, np.ndarray]:
-    steps = max(1, steps // 100) * 3  # three checkpoints
+    steps = max(1, steps // 200) * 3  # three checkpoints
     options = {"layer": kind.make(), "norm": NORMS[kind.norm], "inputs": INPUTS[part], "steps": steps, "batch": 8}
     run = partial(learning.propagate_while_training, **options)
     points = grid(seed=range(seeds), memory=(10.0, 100.0), learning_rate=[1e-3])
@@ -125,10 +125,11 @@ def _training(kind: Stacks, part: str, seeds: int, steps: int, **how: Any) -> di
 def _delayed_copy(kind: Stacks, part: str, seeds: int, steps: int, **how: Any) -> dict[str, np.ndarray]:
     norm, layer = NORMS[kind.norm], kind.make()
     width = learning.width_for(layer, PARAMETERS, norm=norm)
-    steps = max(20, steps // 400 * 20)
-    run = partial(learning.learn_delayed_copy, layer=layer, norm=norm, width=width, steps=steps)
+    steps = max(20, steps // 500 * 20)
+    sizes = {"width": width, "length": 200, "batch": 8}
+    run = partial(learning.learn_delayed_copy, layer=layer, norm=norm, steps=steps, **sizes)
     points = grid(delay=(10, 30, 100), learning_rate=RATES, seed=range(seeds))
-    columns = sweep(run, points, chunk=6, progress=True, **how)
+    columns = sweep(run, points, chunk=3, progress=True, **how)
     size = learning.count_parameters(layer, width, norm=norm)
     table: dict[str, Any] = _texts(kind, part, len(points))
     table |= {"width": np.full(len(points), width), "parameters": np.full(len(points), size)}
