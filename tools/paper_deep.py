@@ -54,11 +54,11 @@ FIGURES: dict[str, tuple[tuple[Stacks, ...], tuple[str, ...]]] = {
     ),
     "zo24-fig5-others": (
         tuple(Stacks(layer, norm) for layer in OTHERS for norm in ("none", "layer")),
-        ("surrogate", "text"),
+        ("text",),
     ),
     "zo24-fig5-phases": (
         tuple(Stacks(layer, max_phase=phase) for layer in ("complex_rnn", "lru") for phase in PHASES),
-        ("surrogate", "text"),
+        ("text",),
     ),
     "zo24-fig5-training": (
         (Stacks("complex_rnn", "layer"), *(Stacks(layer) for layer in PAPER[1:])),
@@ -125,7 +125,7 @@ def _training(kind: Stacks, part: str, seeds: int, steps: int, **how: Any) -> di
 def _delayed_copy(kind: Stacks, part: str, seeds: int, steps: int, **how: Any) -> dict[str, np.ndarray]:
     norm, layer = NORMS[kind.norm], kind.make()
     width = learning.width_for(layer, PARAMETERS, norm=norm)
-    steps = max(20, steps // 500 * 20)
+    steps = max(20, steps // 200 * 20)
     sizes = {"width": width, "length": 200, "batch": 8}
     run = partial(learning.learn_delayed_copy, layer=layer, norm=norm, steps=steps, **sizes)
     points = grid(delay=(10, 30, 100), learning_rate=RATES, seed=range(seeds))
