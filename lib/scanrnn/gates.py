@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._checks import require_finite, require_inexact, require_integer, require_rank, require_values, time_length
@@ -139,7 +140,9 @@ def average_by_time(
 
 
 def bin_by_time(
-    times: Float[Array, "samples hidden"], values: Float[Array, "samples hidden"], edges: Float[Array, " edges"]
+    times: Float[ArrayLike, "samples hidden"],
+    values: Float[ArrayLike, "samples hidden"],
+    edges: Float[ArrayLike, " edges"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per bin of time scales: the mean time, the mean value, and its standard error over samples; (bins,) each.
 
@@ -149,19 +152,19 @@ def bin_by_time(
     Raises `ValueError` unless times and values have the same two axes, the edges ascend, and every bin holds units of
     at least two samples.
     """
-    times, values, edges = np.asarray(times), np.asarray(values), np.asarray(edges)
-    if times.ndim != 2 or times.shape != values.shape:
-        raise ValueError(f"times and values must have one shape (samples, units), got {times.shape} and {values.shape}")
-    if edges.ndim != 1 or len(edges) < 2 or not (np.diff(edges) > 0).all():
-        raise ValueError(f"edges must ascend along one axis, at least two, got {edges}")
+    time, value, edge = np.asarray(times), np.asarray(values), np.asarray(edges)
+    if time.ndim != 2 or time.shape != value.shape:
+        raise ValueError(f"times and values must have one shape (samples, units), got {time.shape} and {value.shape}")
+    if edge.ndim != 1 or len(edge) < 2 or not (np.diff(edge) > 0).all():
+        raise ValueError(f"edges must ascend along one axis, at least two, got {edge}")
     centres, means, errors = [], [], []
-    for low, high in itertools.pairwise(edges):
-        inside = (times >= low) & (times < high)
+    for low, high in itertools.pairwise(edge):
+        inside = (time >= low) & (time < high)
         counts = inside.sum(axis=1)
         if np.sum(counts > 0) < 2:
             raise ValueError(f"the bin from {low} to {high} must hold units of at least two samples, got {counts}")
-        per_sample = np.where(inside, values, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
-        centres.append(times[inside].mean())
+        per_sample = np.where(inside, value, 0).sum(axis=1)[counts > 0] / counts[counts > 0]
+        centres.append(time[inside].mean())
         means.append(per_sample.mean())
         errors.append(per_sample.std(ddof=1) / np.sqrt(len(per_sample)))
     return np.array(centres), np.array(means), np.array(errors)
