@@ -628,7 +628,7 @@ def test_the_lru_starts_on_the_ring():
     assert_uniform(np.angle(lam), -0.3, 0.3)
     close(layer.normalization.omega_gamma, np.log(1 - np.abs(lam) ** 2) / 2)
     parts = {"input_real": 1 / 300, "input_imag": 1 / 300, "output_real": 1 / 30, "output_imag": 1 / 30}
-    assert_normal(layer, **parts, feedthrough=1)
+    assert_normal(layer, **parts, feedthrough=1 / 30)
 
 
 def test_state_space_layers_start_as_they_say():
