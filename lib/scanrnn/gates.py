@@ -117,28 +117,6 @@ def gated_unit_sample(
     return GatedUnits(1 + jnp.exp(cell.bias), state**2, derivative**2)
 
 
-def average_by_time(
-    times: Float[Array, " samples"],
-    values: Float[Array, " samples"],
-    at: Float[Array, " points"],
-    *,
-    width: float = 10.0,
-) -> Float[Array, " points"]:
-    r"""The mean of the values whose times lie near each T of `at`, as the smooth curves of Fig. 15.
-
-    $\sum_iw_iv_i$ with $w=\mathrm{softmax}(-(T-T_i)^2/\ell^2)$; $\ell$ = `width` is 10 in Zucchet & Orvieto (2024).
-
-    Raises `ValueError` unless all three have one axis, there is one value to each time, and the width is positive and
-    finite.
-    """
-    for name, array in {"times": times, "values": values, "at": at}.items():
-        require_rank(name, array, 1)
-    if times.shape != values.shape:
-        raise ValueError(f"values must have the shape of times, {times.shape}, got {values.shape}")
-    require_values("width", width, "positive and finite", lambda w: (w > 0) & np.isfinite(w))
-    return jax.lax.map(lambda t: jax.nn.softmax(-(((t - times) / width) ** 2)) @ values, at)
-
-
 def bin_by_time(
     times: Float[ArrayLike, "samples hidden"],
     values: Float[ArrayLike, "samples hidden"],

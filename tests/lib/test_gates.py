@@ -11,7 +11,6 @@ import pytest
 
 from scanrnn.gates import (
     SimpleGRU,
-    average_by_time,
     bin_by_time,
     chrono_gru,
     gated_unit_sample,
@@ -102,15 +101,6 @@ def test_constant_gates_give_the_finite_theory_in_fig_15(time):
     law = released_gated_sensitivity_variance if time == 2 else gated_sensitivity_variance
     wrong = law(z, POWERS, CORRELATIONS)
     assert abs(sensitivity.mean - wrong) > 4 * sensitivity.standard_error
-
-
-def test_average_by_time_weighs_the_neighbours():
-    times, values = jnp.array([2.0, 10.0, 100.0]), jnp.array([1.0, 3.0, 7.0])
-    weights = np.exp(-(np.array([8.0, 0.0, 90.0]) ** 2) / 100)
-    at = jnp.array([10.0, 1e4])
-    averages = average_by_time(times, values, at)
-    np.testing.assert_allclose(averages, [weights @ values / weights.sum(), 7.0], rtol=1e-12)  # far away: the nearest
-    np.testing.assert_allclose(average_by_time(times, jnp.full(3, 2.0), at, width=0.1), jnp.full(2, 2.0))
 
 
 # --- Jacobians --------------------------------------------------------------------------------------------------------
@@ -296,16 +286,6 @@ def test_steps_and_matrices_that_do_not_fit_are_refused():
         sample_off_diagonal(jr.key(0), jnp.eye(4), 1, rows=5)
     with pytest.raises(ValueError, match=r"^count must be between 1 and 6, got 7"):
         sample_off_diagonal(jr.key(0), jnp.eye(4), 7, rows=2)
-
-
-def test_averages_that_make_no_sense_are_refused():
-    two, three = jnp.ones(2), jnp.ones(3)
-    with pytest.raises(ValueError, match=r"^values must have the shape of times, \(2,\), got \(3,\)"):
-        average_by_time(two, three, two)
-    with pytest.raises(ValueError, match=r"^at must have 1 axes, got shape \(\)"):
-        average_by_time(two, two, jnp.ones(()))
-    with pytest.raises(ValueError, match=r"^width must be positive and finite, got 0\.0"):
-        average_by_time(two, two, two, width=0.0)
 
 
 def test_bins_are_means_over_the_units_of_a_sample_and_then_over_samples():
