@@ -19,8 +19,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._checks import require_finite, require_inexact, require_integer, require_rank, require_values, time_length
+from ._tangent import Cell, push, real_map
 from .cells import chrono
-from .lyapunov import Cell, _push, _real_map
 from .recurrence import check_differentiable, scan_cell
 from .sensitivity import unit_sensitivity
 
@@ -295,11 +295,11 @@ def _coupled_derivatives(cell: SimpleGRU, inputs: Array) -> tuple[Array, Array]:
 
 @eqx.filter_jit
 def _state_jacobians(cell: Cell, state: PyTree, inputs: PyTree, steps: Array) -> Array:
-    step, start = _real_map(cell, state)
+    step, start = real_map(cell, state)
 
     def advance(t, carry):
         x, directions = carry
-        return _push(step, x, directions, jax.tree.map(lambda leaf: leaf[t], inputs))
+        return push(step, x, directions, jax.tree.map(lambda leaf: leaf[t], inputs))
 
     def to(carry, span):
         first, end = span

@@ -6,23 +6,28 @@ ever forming M_t, by carrying k orthonormal directions along and re-orthonormali
 
     D_t Q_{t-1} = Q_t R_t,      Λ_i = mean over t of log |R_t,ii|.
 
+`floss` trains a cell until its exponents are where they are wanted (Engelken 2023):
+
+    L = mean over i ≤ k of (Λ_i - target)².
+
 Every function takes any cell `cell(input, state) -> state`. N counts real coordinates of the state: a pytree is
 ravelled (an LSTM has 2 × hidden), a complex state is seen as R^{2N}, in which each log|λ| comes twice.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ._checks import require_finite, require_integer, time_length
-from ._real import flatten, unflatten
+from ._checks import require_finite, require_inexact, require_integer, time_length
+from ._real import flatten
+from ._tangent import Cell, push, push_along, random_directions, real_map
 from .recurrence import check_differentiable
-
-Cell = Callable[[Any, Any], Any]
+from .training import run_training
 
 
 def local_exponents(
@@ -141,6 +146,112 @@ def mean_square_exponent(
     return jnp.mean(_local_mean_squares(cell, state, by_time, walkers, key)[transient:])
 
 
+# Gradient flossing ---------------------------------------------------------------------------------------------------
+
+
+class FlossingHistory(NamedTuple):
+    """What happened at each step of `floss`, before it was taken.
+
+    - `loss`: `flossing_loss` of the exponents; (steps,)
+    - `exponents`: the k leading ones, of one short window of inputs; (steps, k)
+    - `steps_taken`: how many were taken; fewer than `steps` if a loss or a gradient was not finite
+    """
+
+    loss: Float[Array, " steps"]
+    exponents: Float[Array, "steps num_exponents"]
+    steps_taken: Int[Array, ""]
+
+
+def flossing_loss(
+    exponents: Float[Array, " num_exponents"], target: float | Float[Array, "..."] = 0.0
+) -> Float[Array, ""]:
+    r"""$\frac1k\sum_{i\le k}(\Lambda_i-\mathrm{target})^2$, in squared nats per step; one target, or one for each."""
+    exponents = jnp.asarray(exponents)
+    return jnp.mean((exponents - jnp.asarray(target, exponents.dtype)) ** 2)
+
+
+def floss(
+    cell: Cell,
+    state: PyTree,
+    sample_inputs: Callable[[PRNGKeyArray], PyTree],
+    *,
+    num_exponents: int,
+    target: float | Float[Array, "..."] = 0.0,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    optimizer_state: PyTree | None = None,
+    trainable: Any = eqx.is_inexact_array,
+    transient: int = 0,
+    interval: int = 1,
+    progress: bool = False,
+    key: PRNGKeyArray,
+) -> tuple[Cell, PyTree, FlossingHistory]:
+    r"""`steps` steps of an optimiser down `flossing_loss` of the k leading exponents: gradient flossing.
+
+    **Arguments:** `sample_inputs(key)` draws the inputs of one step, of fixed length T; `state` is where each of these
+    sequences starts; `target`, one number or one for each exponent, the largest first; `trainable`, which leaves of the
+    cell are moved, as in `equinox.filter`; `optimizer_state`, what the last call returned, to go on with it;
+    `progress`, to show a bar. `transient` and `interval` are those of `lyapunov_exponents`. With k near N keep the
+    interval at 1: the gradient divides by R, whose condition number grows with it.
+
+    **Returns** the cell, the optimiser's state, and the `FlossingHistory`.
+
+    The gradient passes through the trajectory, Q and R. One step costs about two steps of training on a few times as
+    many inputs; the QR decompositions are O(N k²) each. Everything is one compiled scan, which serves further calls
+    with the same `sample_inputs`, `optimizer` and sizes. Method: Engelken (2023).
+
+    At the first loss or gradient that is not finite it **stops**: cell and optimiser's state stay as they were before,
+    `history.steps_taken` is the number of that step, and a `RuntimeWarning` says so (traced: look there).
+
+    **Raises** as `lyapunov_exponents` and `scanrnn.training.train`: `ValueError` also if no leaf is trainable.
+    """
+    require_inexact("state", state)
+    require_finite("state", state)
+    require_integer("num_exponents", num_exponents, minimum=1, maximum=flatten(state).size)
+    moved, fixed = eqx.partition(cell, trainable)
+    target = jnp.asarray(target, flatten(state).dtype)
+    loss = _Flossing(fixed, state, target, sample_inputs, num_exponents, transient, interval)
+    moved, optimizer_state, record = run_training(
+        "floss",
+        loss,
+        moved,
+        optimizer,
+        steps,
+        key=key,
+        has_aux=True,
+        optimizer_state=optimizer_state,
+        progress=progress,
+    )
+    return (
+        eqx.combine(moved, fixed),
+        optimizer_state,
+        FlossingHistory(record.loss, record.auxiliary, record.steps_taken),
+    )
+
+
+class _Flossing(eqx.Module):
+    """The loss as a module: its arrays are traced, so that other values of them need no other program."""
+
+    fixed: PyTree
+    state: PyTree
+    target: Array
+    sample_inputs: Callable[[PRNGKeyArray], PyTree]
+    num_exponents: int = eqx.field(static=True)
+    transient: int = eqx.field(static=True)
+    interval: int = eqx.field(static=True)
+
+    def __call__(self, moved: PyTree, key: PRNGKeyArray) -> tuple[Array, Array]:
+        exponents = lyapunov_exponents(
+            eqx.combine(moved, self.fixed),
+            self.state,
+            self.sample_inputs(key),
+            self.num_exponents,
+            transient=self.transient,
+            interval=self.interval,
+        )
+        return flossing_loss(exponents, self.target), exponents
+
+
 # What follows is compiled once for each kind of cell and shape, also where the caller does not compile.
 
 
@@ -149,10 +260,10 @@ def _local_exponents(
     cell: Cell, state: PyTree, inputs: PyTree, count: int, transient: int, interval: int, key: PRNGKeyArray | None
 ) -> Array:
     """log|R_ii| of each block of `interval` steps after the transient."""
-    step, start = _real_map(cell, state)
+    step, start = real_map(cell, state)
 
     def block(carry, inputs):
-        x, pushed = _push_along(step, carry, inputs)
+        x, pushed = push_along(step, carry, inputs)
         q, r = jnp.linalg.qr(pushed)
         return (x, q), jnp.log(jnp.abs(jnp.diagonal(r)))  # R's signs are arbitrary and cancel
 
@@ -160,7 +271,7 @@ def _local_exponents(
         blocks = jax.tree.map(lambda leaf: leaf[first:last].reshape(-1, interval, *leaf.shape[1:]), inputs)
         return jax.lax.scan(block, carry, blocks)
 
-    carry, remainder = (start, _directions(key, start, count)), transient % interval
+    carry, remainder = (start, random_directions(key, start, count)), transient % interval
     if remainder:
         carry, _ = run(carry, 0, remainder, remainder)
     carry, _ = run(carry, remainder, transient, interval)
@@ -169,21 +280,21 @@ def _local_exponents(
 
 @eqx.filter_jit
 def _long_term_jacobian(cell: Cell, state: PyTree, inputs: PyTree) -> Array:
-    step, start = _real_map(cell, state)
+    step, start = real_map(cell, state)
     carry = (start, jnp.eye(start.size, dtype=start.dtype))
-    return _push_along(step, carry, inputs)[1]
+    return push_along(step, carry, inputs)[1]
 
 
 @eqx.filter_jit
 def _log_condition_number(
     cell: Cell, state: PyTree, inputs: PyTree, count: int, key: PRNGKeyArray | None
 ) -> Float[Array, " time"]:
-    step, start = _real_map(cell, state)
+    step, start = real_map(cell, state)
     identity = jnp.eye(count, dtype=start.dtype)
 
     def advance(carry, input):
         x, q, scales, unit = carry
-        x, pushed = _push(step, x, q, input)
+        x, pushed = push(step, x, q, input)
         q, r = jnp.linalg.qr(pushed)
         new_scales = scales + jnp.log(jnp.abs(jnp.diagonal(r)))
         # Rows are ordered by decay, so these factors do not grow. The lower triangle is zero: it must not be inf * 0.
@@ -191,14 +302,14 @@ def _log_condition_number(
         unit = (r * factors) @ unit
         return (x, q, new_scales, unit), _log_condition(new_scales, unit, identity)
 
-    carry = (start, _directions(key, start, count), jnp.zeros(count, start.dtype), identity)
+    carry = (start, random_directions(key, start, count), jnp.zeros(count, start.dtype), identity)
     return jax.lax.scan(advance, carry, inputs)[1]
 
 
 @eqx.filter_jit
 def _local_mean_squares(cell: Cell, state: PyTree, inputs: PyTree, walkers: int, key: PRNGKeyArray | None) -> Array:
     """½ log of the walkers' mean ‖Dv‖² at each step; the inputs here have time before walkers."""
-    step, start = _real_map(cell, state)
+    step, start = real_map(cell, state)
     direction_key, resampling_key = jax.random.split(jax.random.key(0) if key is None else key)
 
     def push(x, v, input):
@@ -228,34 +339,6 @@ def _log_condition(scales: Array, unit: Array, identity: Array) -> Array:
     inverse_norm = jnp.linalg.norm(inverse * jnp.exp(lowest - scales)[None, :], 2)
     condition = (highest + jnp.log(norm)) - (lowest - jnp.log(inverse_norm))
     return jnp.where(jnp.isneginf(lowest), jnp.inf, condition)
-
-
-def _real_map(cell: Cell, state: PyTree) -> tuple[Callable[[Any, Array], Array], Array]:
-    """The cell as a map of R^N, and the state as a point of it."""
-    restore = unflatten(state)
-    return lambda input, x: flatten(cell(input, restore(x))), flatten(state)
-
-
-def _directions(key: PRNGKeyArray | None, like: Array, count: int) -> Array:
-    """`count` orthonormal directions at random."""
-    key = jax.random.key(0) if key is None else key
-    return jnp.linalg.qr(jax.random.normal(key, (like.size, count), like.dtype))[0]
-
-
-def _push(step: Callable[[Any, Array], Array], x: Array, directions: Array, input: Any) -> tuple[Array, Array]:
-    """One step of the state and of the tangent directions: (f(x), D Q)."""
-    new_x, derivative = jax.linearize(lambda x: step(input, x), x)
-    return new_x, jax.vmap(derivative, in_axes=1, out_axes=1)(directions)
-
-
-def _push_along(step: Callable[[Any, Array], Array], carry: tuple[Array, Array], inputs: PyTree) -> tuple[Array, Array]:
-    """`_push` over all steps of the inputs."""
-
-    def advance(carry, input):
-        x, directions = carry
-        return _push(step, x, directions, input), None
-
-    return jax.lax.scan(advance, carry, inputs)[0]
 
 
 def _check(cell: Cell, state: PyTree, inputs: PyTree, name: str = "num_directions", count: int = 1) -> None:

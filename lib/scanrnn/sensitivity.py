@@ -118,11 +118,37 @@ def parameter_sensitivity(cell: Cell, state: PyTree, inputs: PyTree) -> Float[Ar
     holds an (N, P) matrix and does N²P multiplications a step.
     Errors raised: as `gradient_terms`; also `TypeError` for complex parameters.
     """
+    return coherence(cell, state, inputs).total
+
+
+class Coherence(NamedTuple):
+    """Two sums over the past, after each step; (T,) each. `total / incoherent` is 1 where the terms are orthogonal."""
+
+    total: Float[Array, " time"]
+    incoherent: Float[Array, " time"]
+
+
+def coherence(cell: Cell, state: PyTree, inputs: PyTree, *, trainable: Any = eqx.is_inexact_array) -> Coherence:
+    r"""`parameter_sensitivity`, and what it would be if the uses of the parameters at different times did not add up.
+
+    With the long-term Jacobians $M_{t,\tau}=\partial h_t/\partial h_\tau$ and the direct derivatives
+    $G_\tau=\partial_\theta h_\tau$,
+
+    $$\mathrm{total}_t=\Big\|\sum_{\tau\le t}M_{t,\tau}G_\tau\Big\|_F^2,\qquad
+    \mathrm{incoherent}_t=\sum_{\tau\le t}\|M_{t,\tau}G_\tau\|_F^2 .$$
+
+    The second is what the Jacobian products alone imply. It is the trace of $S_t=D_tS_{t-1}D_t^\top+G_tG_t^\top$, so
+    it costs N³ a step. `trainable`, as in `equinox.filter`, says which leaves of the cell are θ. Errors raised: as
+    `parameter_sensitivity`, and `ValueError` if there are none.
+    """
     check_differentiable(cell, state, inputs)
-    parameters, rest = eqx.partition(cell, eqx.is_inexact_array)
-    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(parameters)):
+    parameters, rest = eqx.partition(cell, trainable)
+    leaves = jax.tree.leaves(parameters)
+    if not leaves:
+        raise ValueError("trainable must choose at least one array of the cell, got none")
+    if any(jnp.iscomplexobj(leaf) for leaf in leaves):
         raise TypeError("cell must have real parameters (complex ones as real and imaginary parts), got complex arrays")
-    return _parameter_sensitivity(parameters, rest, state, inputs)
+    return Coherence(*_coherence(parameters, rest, state, inputs))
 
 
 def unit_sensitivity(
@@ -208,7 +234,7 @@ def _gradient_terms(cell: Cell, state: PyTree, inputs: PyTree, error: PyTree) ->
 
 
 @eqx.filter_jit
-def _parameter_sensitivity(parameters: PyTree, rest: PyTree, state: PyTree, inputs: PyTree) -> Float[Array, " time"]:
+def _coherence(parameters: PyTree, rest: PyTree, state: PyTree, inputs: PyTree) -> tuple[Array, Array]:
     theta, unravel = ravel_pytree(parameters)
     start, restore = flatten(state), unflatten(state)
 
@@ -216,12 +242,14 @@ def _parameter_sensitivity(parameters: PyTree, rest: PyTree, state: PyTree, inpu
         return flatten(eqx.combine(unravel(theta), rest)(input, restore(x)))
 
     def advance(carry, input):
-        x, total = carry
+        x, total, incoherent = carry
         direct, jacobian = jax.jacrev(step, argnums=(0, 1))(theta, x, input)
         total = jacobian @ total + direct
-        return (step(theta, x, input), total), jnp.sum(total**2)
+        incoherent = jacobian @ incoherent @ jacobian.T + direct @ direct.T
+        return (step(theta, x, input), total, incoherent), (jnp.sum(total**2), jnp.trace(incoherent))
 
-    initial = (start, jnp.zeros((start.size, theta.size), start.dtype))
+    shapes = (start.size, theta.size), (start.size, start.size)
+    initial = start, *(jnp.zeros(shape, start.dtype) for shape in shapes)
     return jax.lax.scan(advance, initial, inputs)[1]
 
 

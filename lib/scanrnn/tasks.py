@@ -4,6 +4,8 @@ autoregressive:  x_t = ρ x_{t-1} + √(1 - ρ²) ε_t,   ε_t ~ N(0, 1),   so t
 oscillation:     the same with a complex ρ = r e^{iφ}, its real part,  E[x_t x_{t+k}] = r^|k| cos(φk)
 two_exponential: white noise and an autoregressive process, added,  E[x_t x_{t+k}] = white [k = 0] + slow ρ^|k|
 delayed_copy:    y_t = x_{t-delay} for bits x_t, once there is such a bit
+delayed_xor:     y_t = x_{t-delay} ⊕ x_{t-2 delay} ⊕ ..., of 2, 4, 8 ... such bits
+spatial_xor:     y_t = the ⊕ of several inputs, delay steps ago
 LinearTeacher:   h_t = A h_{t-1} + B x_t,  y_t = C h_t + D x_t,  x_t ~ N(0, 1),  the eigenvalues of A in a ring
 """
 
@@ -104,9 +106,20 @@ def _root(variance: float | Float[Array, ""], dtype: np.dtype) -> Array:
     return jnp.sqrt(jnp.where((value >= 0) & jnp.isfinite(value), value, jnp.nan))
 
 
-def delayed_copy(
-    key: PRNGKeyArray, length: int, delay: int | Int[Array, ""]
-) -> tuple[Float[Array, "time 1"], Float[Array, "time 1"], Float[Array, "time"]]:
+def fair_bits(key: PRNGKeyArray, length: int, d_in: int = 1) -> Float[Array, "time d_in"]:
+    """Independent bits, 0 or 1 with probability ½ each, as floats; (length, d_in).
+
+    Raises `ValueError` for a length or a `d_in` below 1, `TypeError` for one that is not an integer.
+    """
+    require_integer("length", length, minimum=1)
+    require_integer("d_in", d_in, minimum=1)
+    return jax.random.bernoulli(key, 0.5, (length, d_in)).astype(float)
+
+
+BitTask = tuple[Float[Array, "time d_in"], Float[Array, "time 1"], Float[Array, "time"]]
+
+
+def delayed_copy(key: PRNGKeyArray, length: int, delay: int | Int[Array, ""]) -> BitTask:
     r"""Bits to be repeated `delay` steps later: inputs, targets, (length, 1) each, and mask, (length,).
 
     $x_t\in\{0,1\}$ are fair independent bits, $y_t=x_{t-\mathrm{delay}}$. The mask is 1 where that bit has been seen,
@@ -115,17 +128,47 @@ def delayed_copy(
     Raises `ValueError` unless 0 <= delay < length and `length` is at least 1, `TypeError` for a delay that is not an
     integer; a traced delay outside gives targets NaN.
     """
-    require_integer("length", length, minimum=1)
+    return _parity_of_the_past(fair_bits(key, length), delay, 1)
+
+
+def delayed_xor(key: PRNGKeyArray, length: int, delay: int | Int[Array, ""], order: int = 1) -> BitTask:
+    r"""The parity of n = 2^order earlier bits, $y_t=x_{t-d}\oplus x_{t-2d}\oplus\dots\oplus x_{t-nd}$ with d = `delay`.
+
+    Inputs, targets, (length, 1) each, and mask, (length,): 1 from t = n·delay on, where all these bits have been seen,
+    and 0 before. A delay of 0 gives targets 0. Engelken (2023) calls n·delay the delay for n = 2; the released code
+    takes the number that is meant here, and scores one step more, for which the oldest bit had not been seen.
+
+    Raises `ValueError` unless 0 <= n·delay < length, `order` is at least 1 and `length` at least 1; `TypeError` for
+    what is not an integer; a traced delay outside gives targets NaN.
+    """
+    require_integer("order", order, minimum=1)
+    return _parity_of_the_past(fair_bits(key, length), delay, 2**order)
+
+
+def spatial_xor(key: PRNGKeyArray, length: int, delay: int | Int[Array, ""], d_in: int = 2) -> BitTask:
+    r"""The parity of several inputs `delay` steps ago, $y_t=x_{t-d,1}\oplus\dots\oplus x_{t-d,n}$ with n = `d_in`.
+
+    Inputs (length, d_in), targets (length, 1), and mask (length,), 1 from t = delay on. Engelken (2023) names such a
+    task; its generator is not in the released code, so this definition is ours. Errors: as `delayed_copy`, and
+    `ValueError` for a `d_in` below 1.
+    """
+    inputs = fair_bits(key, length, d_in)
+    _, targets, mask = _parity_of_the_past(jnp.mod(jnp.sum(inputs, axis=1, keepdims=True), 2), delay, 1)
+    return inputs, targets, mask
+
+
+def _parity_of_the_past(bits: Array, delay: int | Int[Array, ""], taps: int) -> BitTask:
+    """Bits (T, 1), their parity at t - delay, ..., t - taps · delay, and where all of these are at least 0."""
+    most = (len(bits) - 1) // taps
     require_rank("delay", delay, 0)
     if not jnp.issubdtype(jnp.result_type(delay), jnp.integer):
         raise TypeError(f"delay must be an integer, got {delay!r} of type {jnp.result_type(delay)}")
-    require_values("delay", delay, f"between 0 and {length - 1}", lambda d: (d >= 0) & (d < length))
+    require_values("delay", delay, f"between 0 and {most}", lambda d: (d >= 0) & (d <= most))
     delay = jnp.asarray(delay, int)
-    inputs = jax.random.bernoulli(key, 0.5, (length, 1)).astype(float)
-    mask = (jnp.arange(length) >= delay).astype(inputs.dtype)
-    allowed = (delay >= 0) & (delay < length)
-    targets = jnp.where(allowed, jnp.roll(inputs, delay, axis=0) * mask[:, None], jnp.nan)
-    return inputs, targets, mask
+    seen = (jnp.arange(len(bits)) >= taps * delay).astype(bits.dtype)
+    ones = sum(jnp.roll(bits, tap * delay, axis=0) for tap in range(1, taps + 1))
+    targets = jnp.where((delay >= 0) & (delay <= most), jnp.mod(ones, 2) * seen[:, None], jnp.nan)
+    return bits, targets, seen
 
 
 class LinearTeacher(eqx.Module):

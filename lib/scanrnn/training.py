@@ -9,6 +9,7 @@ parameters; `train` keeps what it is told to, draws a sample at each step if the
 import itertools
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -45,11 +46,13 @@ class Record(NamedTuple):
     - `loss`: $L(p_k)$, before step k is taken; (steps,)
     - `observed`: what `observe` returned before the steps 0, `every`, 2 `every` ..., along a leading axis; or `None`
     - `steps_taken`: as `History.steps_taken`
+    - `auxiliary`: what the loss returned beside its value at each step, along a leading axis; or `None`
     """
 
     loss: Float[Array, " steps"]
     observed: PyTree
     steps_taken: Int[Array, ""]
+    auxiliary: PyTree = None
 
 
 def descend(
@@ -73,9 +76,18 @@ def descend(
     second moment for both) or a loss that is not real; `ValueError` for `steps` below 1, parameters without a
     floating-point array, parameters that are not finite, or a loss that is not a scalar.
     """
-    _check(loss, parameters, optimizer, steps)
-    trained, _, record = _train(loss, parameters, optimizer, steps, None, _parameters, 1, None)
-    _warn("descend", steps, record)
+    trained, _, record = run_training(
+        "descend",
+        loss,
+        parameters,
+        optimizer,
+        steps,
+        key=None,
+        optimizer_state=None,
+        has_aux=False,
+        observe=_parameters,
+        progress=False,
+    )
     return trained, History(record.loss, record.observed, record.steps_taken)
 
 
@@ -86,6 +98,8 @@ def train(
     steps: int,
     *,
     key: PRNGKeyArray | None = None,
+    optimizer_state: PyTree | None = None,
+    has_aux: bool = False,
     observe: Callable[[Any, Any, Any], PyTree] | None = None,
     every: int = 1,
     progress: bool = False,
@@ -93,6 +107,8 @@ def train(
     r"""`steps` steps of an Optax optimiser down `loss(parameters)`, or `loss(parameters, key)` with a fresh key a step.
 
     **Arguments:** `key`, for a loss that draws its own sample: step k calls it with `jax.random.fold_in(key, k)`;
+    `optimizer_state`, what an earlier training returned, to go on with it; `has_aux`, if the loss returns a pair, its
+    value and something to keep for the record, as in `jax.grad`;
     `observe(parameters, optimizer_state, k)`, called before step k for every `every`-th k; `progress`, to show a bar
     (of one training, not of a batch of them; see `scanrnn.sweep` for that). A schedule belongs into the optimiser.
 
@@ -101,27 +117,48 @@ def train(
     Otherwise as `descend`: one compiled scan, batched with `jax.vmap`, and it **stops** at the first loss or gradient
     that is not finite.
 
-    **Raises** as `descend`, and `ValueError` unless `every` divides `steps`.
+    **Raises** as `descend`, and `ValueError` unless `every` divides `steps` and, with `has_aux`, the loss returns a pair.
     """
+    options = {"optimizer_state": optimizer_state, "has_aux": has_aux, "observe": observe, "every": every}
+    return run_training("train", loss, parameters, optimizer, steps, key=key, progress=progress, **options)
+
+
+def run_training(
+    name: str,
+    loss: Callable[..., Any],
+    parameters: PyTree,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    *,
+    key: PRNGKeyArray | None,
+    optimizer_state: PyTree | None,
+    has_aux: bool,
+    observe: Callable[[Any, Any, Any], PyTree] | None = None,
+    every: int = 1,
+    progress: bool,
+) -> tuple[PyTree, PyTree, Record]:
+    """`train` under the name of the public function that calls it, which its warning gives."""
     arguments = () if key is None else (key,)
-    _check(loss, parameters, optimizer, steps, *arguments)
+    _check(loss, parameters, optimizer, steps, *arguments, has_aux=has_aux)
     require_integer("every", every, minimum=1)
     if steps % every:
         raise ValueError(f"every must divide steps = {steps}, got {every}")
+    if optimizer_state is None:
+        with jax.numpy_dtype_promotion("standard"):
+            optimizer_state = optimizer.init(eqx.filter(parameters, eqx.is_inexact_array))
+    run = partial(_train, loss, parameters, optimizer, steps, key, observe, every, has_aux, optimizer_state)
     if not progress:
-        result = _train(loss, parameters, optimizer, steps, key, observe, every, None)
+        result = run(None)
     else:
         with tqdm(total=steps, unit="step") as bar:
             number = next(_numbers)
             _bars[number] = bar
             try:
-                result = jax.block_until_ready(
-                    _train(loss, parameters, optimizer, steps, key, observe, every, jnp.asarray(number))
-                )
+                result = jax.block_until_ready(run(jnp.asarray(number)))
                 jax.effects_barrier()
             finally:
                 del _bars[number]
-    _warn("train", steps, result[2])
+    _warn(name, steps, result[2])
     return result
 
 
@@ -182,35 +219,39 @@ def _train(
     key: PRNGKeyArray | None,
     observe: Callable | None,
     every: int,
+    has_aux: bool,
+    state: PyTree,
     bar: Array | None,
 ) -> tuple[PyTree, PyTree, Record]:
     trained, rest = eqx.partition(parameters, eqx.is_inexact_array)
 
-    def value(trained: PyTree, k: Array) -> Array:
+    def value(trained: PyTree, k: Array) -> tuple[Array, PyTree]:
         whole = eqx.combine(trained, rest)
-        return loss(whole) if key is None else loss(whole, jr.fold_in(key, k))
+        result = loss(whole) if key is None else loss(whole, jr.fold_in(key, k))
+        return result if has_aux else (result, None)
 
     def step(carry: Any, k: Array) -> tuple[Any, Any]:
         trained, state, running, taken = carry
-        loss_now, gradient = jax.value_and_grad(value)(trained, k)
+        (loss_now, auxiliary), gradient = jax.value_and_grad(value, has_aux=True)(trained, k)
         running &= _all_finite((loss_now, gradient))
         updates, new_state = optimizer.update(gradient, state, trained)
         new = eqx.apply_updates(trained, updates), new_state
         new = jax.tree.map(lambda new, old: jnp.where(running, jnp.asarray(new, old.dtype), old), new, (trained, state))
-        return (*new, running, taken + running), loss_now
+        return (*new, running, taken + running), (loss_now, auxiliary)
 
     def stretch(carry: Any, first: Array) -> tuple[Any, Any]:
         observed = None if observe is None else observe(eqx.combine(carry[0], rest), carry[1], first)
-        carry, losses = lax.scan(step, carry, first + jnp.arange(every))
+        carry, (losses, auxiliary) = lax.scan(step, carry, first + jnp.arange(every))
         if bar is not None:
             jax.debug.callback(_show, bar, first + every, losses[-1])
-        return carry, (losses, observed)
+        return carry, (losses, auxiliary, observed)
 
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes the dtypes of rates and parameters
-        state = jax.tree.map(jnp.asarray, optimizer.init(trained))
-        start = trained, state, jnp.array(True), jnp.array(0)
-        (trained, state, _, taken), (losses, observed) = lax.scan(stretch, start, jnp.arange(0, steps, every))
-    return eqx.combine(trained, rest), state, Record(losses.ravel(), observed, taken)
+        start = trained, jax.tree.map(jnp.asarray, state), jnp.array(True), jnp.array(0)
+        (trained, state, _, taken), by_stretch = lax.scan(stretch, start, jnp.arange(0, steps, every))
+    losses, auxiliary, observed = by_stretch
+    auxiliary = jax.tree.map(lambda leaf: leaf.reshape(steps, *leaf.shape[2:]), auxiliary)
+    return eqx.combine(trained, rest), state, Record(losses.ravel(), observed, taken, auxiliary)
 
 
 _bars: dict[int, tqdm] = {}  # a compiled loop finds its bar by its number, so that it need not be compiled for each
@@ -232,7 +273,9 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _check(loss: Callable, parameters: PyTree, optimizer: Any, steps: int, *arguments: Any) -> None:
+def _check(
+    loss: Callable, parameters: PyTree, optimizer: Any, steps: int, *arguments: Any, has_aux: bool = False
+) -> None:
     require_integer("steps", steps, minimum=1)
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise TypeError(f"optimizer must have init and update, as Optax's have, got {optimizer!r}")
@@ -245,6 +288,10 @@ def _check(loss: Callable, parameters: PyTree, optimizer: Any, steps: int, *argu
     require_finite("parameters", trained)
     with jax.numpy_dtype_promotion("standard"):
         value = eqx.filter_eval_shape(loss, parameters, *arguments)
+    if has_aux:
+        if not (isinstance(value, tuple) and len(value) == 2):
+            raise ValueError(f"loss must return a pair, since has_aux is set, got {eqx.tree_pformat(value)}")
+        value = value[0]
     shape, dtype = np.shape(value), jnp.result_type(value)
     if shape != ():
         raise ValueError(f"loss must return a scalar, got shape {shape}")
@@ -259,5 +306,5 @@ def _warn(name: str, steps: int, record: Record) -> None:
         warnings.warn(
             f"{name} stopped at step {k} of {steps}, where the {kind} was not finite (loss {record.loss[k]})",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

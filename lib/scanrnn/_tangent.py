@@ -1,0 +1,40 @@
+"""A cell as a map of R^N, and tangent directions carried along its trajectory: x → f(x), Q → D Q with D = ∂f/∂x."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._real import flatten, unflatten
+
+Cell = Callable[[Any, Any], Any]
+
+
+def real_map(cell: Cell, state: PyTree) -> tuple[Callable[[Any, Array], Array], Array]:
+    """The cell as a map of R^N, and the state as a point of it."""
+    restore = unflatten(state)
+    return lambda input, x: flatten(cell(input, restore(x))), flatten(state)
+
+
+def random_directions(key: PRNGKeyArray | None, like: Array, count: int) -> Array:
+    """`count` orthonormal directions at random."""
+    key = jax.random.key(0) if key is None else key
+    return jnp.linalg.qr(jax.random.normal(key, (like.size, count), like.dtype))[0]
+
+
+def push(step: Callable[[Any, Array], Array], x: Array, directions: Array, input: Any) -> tuple[Array, Array]:
+    """One step of the state and of the tangent directions: (f(x), D Q)."""
+    new_x, derivative = jax.linearize(lambda x: step(input, x), x)
+    return new_x, jax.vmap(derivative, in_axes=1, out_axes=1)(directions)
+
+
+def push_along(step: Callable[[Any, Array], Array], carry: tuple[Array, Array], inputs: PyTree) -> tuple[Array, Array]:
+    """`push` over all steps of the inputs."""
+
+    def advance(carry, input):
+        x, directions = carry
+        return push(step, x, directions, input), None
+
+    return jax.lax.scan(advance, carry, inputs)[0]
