@@ -25,13 +25,16 @@ import optax
 from scanrnn import curvature, identification
 from scanrnn.sweep import grid, sweep
 
-from . import paper_deep, tables
+from . import paper_deep, paper_flossing, tables
 
 RESULTS = Path("book/results")
 STORE = Path("_build/sweeps")
 CHUNK = 40  # runs, at most
 # One process a core, with one thread each: the products are too small to be shared between threads.
-WORKERS = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"}
+WORKERS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+}
 
 MODULI = (0.36, 0.68, 0.84, 0.92, 0.96, 0.98, 0.99)
 PHASES = (3.14, 0.993, 0.314, 0.0993, 0.0314)
@@ -195,10 +198,13 @@ FIGURES: dict[str, tuple[tuple[Group, ...], tuple[str, ...]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="The paper-scale sweeps, resumable; see tools/paper.py.")
-    figures = {name: teachers for name, (_, teachers) in FIGURES.items()} | paper_deep.PARTS
-    parts = [*TEACHERS, *paper_deep.INPUTS]
+    figures = {name: teachers for name, (_, teachers) in FIGURES.items()}
+    figures |= paper_deep.PARTS | paper_flossing.PARTS
+    parts = list(dict.fromkeys(part for names in figures.values() for part in names))
     parser.add_argument("figure", nargs="?", choices=figures, help="one figure; without it, all")
-    parser.add_argument("part", nargs="?", choices=parts, help="one kind of teacher or of inputs; without it, all")
+    parser.add_argument(
+        "part", nargs="?", choices=parts, help="one kind of teacher, of inputs or of task; without it, all"
+    )
     parser.add_argument("--steps", type=int, default=10_000, help="of training (fewer only to try it out)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--store", type=Path, default=STORE, help="folder of the finished chunks")
@@ -211,7 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for figure in [options.figure] if options.figure else figures:
         for part in figures[figure]:
             if options.part in (None, part):
-                run = run_figure if figure in FIGURES else paper_deep.run_figure
+                modules = {
+                    **dict.fromkeys(paper_deep.PARTS, paper_deep),
+                    **dict.fromkeys(paper_flossing.PARTS, paper_flossing),
+                }
+                run = run_figure if figure in FIGURES else modules[figure].run_figure
                 run(figure, part, options.steps, options.results, options.store)
 
 

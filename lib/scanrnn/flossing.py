@@ -2,9 +2,9 @@ r"""Networks that learn bits over a delay, with and without gradient flossing (E
 
     x_t = J φ(x_{t-1}) + W s_t + b,     p_t = σ(w·x_t + c),     L = mean over scored t of -log p(y_t)
 
-s_t are fair bits and y_t what a task of `scanrnn.tasks` asks for. One epoch is one step of Adam on a fresh batch, so the
-accuracy on that batch before the step is an accuracy on unseen sequences; the states x_0, one for each sequence of the
-batch, are trained too. `learn_bits` makes one run from a point of a grid, as `scanrnn.sweep` calls it.
+s_t are fair bits and y_t what a task of `scanrnn.tasks` asks for. One epoch is one step of Adam on a fresh batch, so
+the accuracy on that batch before the step is an accuracy on unseen sequences; the states x_0, one for each sequence of
+the batch, are trained too. `learn_bits` makes one run from a point of a grid, as `scanrnn.sweep` calls it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -135,14 +135,16 @@ def _small_biases(key: PRNGKeyArray, shape: tuple[int, ...]) -> Array:
 
 @dataclass(frozen=True)
 class Flossing:
-    """When a student is flossed and how: `steps` steps before each of the `epochs`, of the first `num_exponents`.
+    """When a student is flossed and how, in the first `num_exponents`.
 
-    The defaults are the released code's: windows of 55 steps, the first 16 of which are not counted, target 0.
+    `steps` steps before epoch 0, if that is one of the `epochs`, and `later` steps before each other one of them. The
+    defaults are the released code's: windows of 55 steps, the first 16 of which are not counted, target 0.
     """
 
     num_exponents: int
     epochs: tuple[int, ...] = (0,)
     steps: int = 500
+    later: int = 500
     target: float = 0.0
     length: int = 55
     transient: int = 16
@@ -153,7 +155,7 @@ def clip_each(max_norm: float) -> optax.GradientTransformation:
     """Every array of the gradient scaled down to `max_norm`, if its own Euclidean norm is larger."""
     require_values("max_norm", max_norm, "positive", lambda norm: norm > 0)
 
-    def clip(gradient: Array, _: Any) -> Array:
+    def clip(gradient: Any, _: Any) -> Array:
         norm = jnp.linalg.norm(gradient.ravel())
         return gradient * jnp.minimum(1.0, max_norm / jnp.where(norm > 0, norm, 1.0)).astype(gradient.dtype)
 
@@ -211,7 +213,9 @@ def learn_bits(
     descent = optax.chain(clip_each(max_norm), optimizer(learning_rate))
     flosser = _Flosser(flossing, d_in)
     start, rest = eqx.partition(whole, eqx.is_inexact_array)
-    start, floss_state, floss_ok = flosser(bool(due[0]), start, rest, flosser.init(start), jr.fold_in(floss_key, 0))
+    floss_state, floss_ok = flosser.init(start), jnp.array(True)
+    if due[0]:
+        start, floss_state, floss_ok = flosser(start, rest, floss_state, jr.fold_in(floss_key, 0), first=True)
 
     def draw(key: PRNGKeyArray, delay: Array) -> BitTask:
         return jax.vmap(lambda k: task(k, length, delay))(jr.split(key, batch))
@@ -223,7 +227,13 @@ def learn_bits(
         def stretch(carry: tuple, now: tuple[Array, Array]) -> tuple[tuple, dict[str, Array]]:
             (trained, state, floss_state, fine), (index, due) = carry, now
             key = jr.fold_in(floss_key, index)
-            trained, floss_state, flossed = flosser(due & (index > 0), trained, rest, floss_state, key)
+            trained, floss_state, flossed = jax.lax.cond(
+                due & (index > 0),
+                lambda trained, state: flosser(trained, rest, state, key, first=False),
+                lambda trained, state: (trained, state, jnp.array(True)),
+                trained,
+                floss_state,
+            )
             key = jr.fold_in(train_key, index)
             measured = _measure(eqx.combine(trained, rest), loss, trained, key, spectrum, length, d_in)
             options = {"key": key, "optimizer_state": state, "has_aux": True}
@@ -256,31 +266,27 @@ class _Flosser:
             return None if self.how is None else jax.tree.map(jnp.asarray, self.optimizer.init(trained.cell))
 
     def __call__(
-        self, due: bool | Array, trained: Any, rest: Any, state: PyTree, key: PRNGKeyArray
+        self, trained: Any, rest: Any, state: PyTree, key: PRNGKeyArray, *, first: bool
     ) -> tuple[Any, PyTree, Array]:
         """The student, the optimiser's state, and whether all steps were taken."""
         how = self.how
         if how is None:
             return trained, state, jnp.array(True)
-
-        def flossed(cell: PyTree, state: PyTree) -> tuple[PyTree, PyTree, Array]:
-            moved, state, history = floss(
-                eqx.combine(cell, rest.cell),
-                jax.tree.map(lambda leaf: leaf[0], trained.initial_states),
-                self.sample,
-                num_exponents=how.num_exponents,
-                target=how.target,
-                steps=how.steps,
-                optimizer=self.optimizer,
-                optimizer_state=state,
-                transient=how.transient,
-                key=key,
-            )
-            return eqx.filter(moved, eqx.is_inexact_array), state, history.steps_taken == how.steps
-
-        as_it_is = lambda cell, state: (cell, state, jnp.array(True))  # noqa: E731
-        cell, state, fine = jax.lax.cond(due, flossed, as_it_is, trained.cell, state)
-        return eqx.tree_at(lambda student: student.cell, trained, cell), state, fine
+        steps = how.steps if first else how.later
+        cell, state, history = floss(
+            eqx.combine(trained.cell, rest.cell),
+            jax.tree.map(lambda leaf: leaf[0], trained.initial_states),
+            self.sample,
+            num_exponents=how.num_exponents,
+            target=how.target,
+            steps=steps,
+            optimizer=self.optimizer,
+            optimizer_state=state,
+            transient=how.transient,
+            key=key,
+        )
+        flossed = eqx.tree_at(lambda student: student.cell, trained, eqx.filter(cell, eqx.is_inexact_array))
+        return flossed, state, history.steps_taken == steps
 
 
 def _measure(

@@ -92,7 +92,7 @@ def descend(
 
 
 def train(
-    loss: Callable[..., Float[Array, ""]],
+    loss: Callable[..., Any],
     parameters: PyTree,
     optimizer: optax.GradientTransformation,
     steps: int,
@@ -117,7 +117,8 @@ def train(
     Otherwise as `descend`: one compiled scan, batched with `jax.vmap`, and it **stops** at the first loss or gradient
     that is not finite.
 
-    **Raises** as `descend`, and `ValueError` unless `every` divides `steps` and, with `has_aux`, the loss returns a pair.
+    **Raises** as `descend`, and `ValueError` unless `every` divides `steps` and, with `has_aux`, the loss returns a
+    pair.
     """
     options = {"optimizer_state": optimizer_state, "has_aux": has_aux, "observe": observe, "every": every}
     return run_training("train", loss, parameters, optimizer, steps, key=key, progress=progress, **options)

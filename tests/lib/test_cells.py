@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.nn import initializers
 
-from scanrnn.cells import ElmanCell, VanillaCell, chrono, gaussian, orthogonal
+from scanrnn.cells import ElmanCell, VanillaCell, chrono, gaussian, orthogonal, tanh
 from scanrnn.lyapunov import lyapunov_exponents
 from scanrnn.recurrence import scan_cell
 
@@ -54,6 +54,82 @@ def test_both_forms_describe_one_network():
     assert jnp.std(activities) > 0.3  # not both dead
 
 
+# --- tanh -------------------------------------------------------------------------------------------------------------
+
+
+def saturating(dtype) -> np.ndarray:
+    """Arguments of both signs up to 40, where 1/cosh² is 7e-35."""
+    return np.linspace(-40, 40, 1001).astype(dtype)
+
+
+def exact_slope(x):
+    """1/cosh² with eleven bits more than float64."""
+    return 1 / np.cosh(x.astype(np.longdouble)) ** 2
+
+
+PRECISIONS = pytest.mark.parametrize("dtype", ["float64", "float32"])
+
+
+@PRECISIONS
+def test_tanh_is_tanh(dtype):
+    x = jnp.asarray(np.concatenate([saturating(dtype), np.array([np.inf, -np.inf, np.nan], dtype)]))
+    np.testing.assert_array_equal(tanh(x), jnp.tanh(x))
+    np.testing.assert_array_equal(jax.jit(tanh)(x), jax.jit(jnp.tanh)(x))
+    assert tanh(x).dtype == dtype
+
+
+@PRECISIONS
+def test_the_derivative_of_tanh_keeps_its_digits_where_units_saturate(dtype):
+    x = saturating(dtype)
+    one_by_one = jax.vmap(jax.grad(tanh))(jnp.asarray(x))
+    forward = jax.jit(lambda x: jax.jvp(tanh, (x,), (jnp.ones_like(x),))[1])(jnp.asarray(x))
+    backward = jax.jit(lambda x: jax.vjp(tanh, x)[1](jnp.ones_like(x))[0])(jnp.asarray(x))
+    for slope in (one_by_one, forward, backward):
+        assert slope.dtype == dtype
+        # two logistic functions of one or two roundings each, and their product
+        np.testing.assert_allclose(np.asarray(slope, np.longdouble), exact_slope(x), rtol=6 * np.finfo(dtype).eps)
+        assert (slope > 0).all()
+    # where the usual form is nothing but rounding
+    saturated = np.abs(x) > (20 if dtype == "float64" else 9)
+    assert saturated.sum() > 400
+    np.testing.assert_array_equal(jax.vmap(jax.grad(jnp.tanh))(jnp.asarray(x))[saturated], 0)
+    np.testing.assert_array_equal(1 - jnp.tanh(x[saturated]) ** 2, 0)
+
+
+def test_the_derivative_of_tanh_ends_where_it_underflows():
+    slope = jax.grad(tanh)
+    assert slope(jnp.float32(43)) > 0
+    assert slope(jnp.float64(354)) > 0
+    for x in (jnp.float32(44), jnp.float64(355), jnp.float64(jnp.inf), jnp.float32(-jnp.inf)):
+        assert slope(x) == 0
+        assert jax.grad(slope)(x) == 0
+
+
+@pytest.mark.parametrize("compile", [jax.jit, lambda function: function], ids=["compiled", "eager"])
+def test_the_second_derivative_of_tanh(compile):
+    x = saturating("float64")
+    second = compile(jax.vmap(jax.grad(jax.grad(tanh))))(jnp.asarray(x))
+    want = -2 * np.tanh(x.astype(np.longdouble)) * exact_slope(x)
+    # It is a difference of two terms, which cancel near zero; from |x| = 1 on one of them is small.
+    far = np.abs(x) > 1
+    np.testing.assert_allclose(np.asarray(second, np.longdouble)[far], want[far], rtol=10 * np.finfo(float).eps)
+    np.testing.assert_allclose(second, want.astype(float), rtol=0, atol=4 * np.finfo(float).eps)
+    other_way = compile(jax.vmap(jax.jacfwd(jax.jacrev(tanh))))(jnp.asarray(x))
+    np.testing.assert_allclose(other_way, second, rtol=1e-14, atol=4 * np.finfo(float).eps)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_saturated_cell_has_a_jacobian_in_single_precision(cell):
+    made = cell(1, 6, bias_init=initializers.constant(12.0), key=jr.key(0))
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), made)
+    state = jnp.full(6, 12.0)
+    jacobian = jax.jacrev(single, 1)(jnp.zeros(1, jnp.float32), state.astype(jnp.float32))
+    want = jax.jacrev(made, 1)(jnp.zeros(1), state)
+    # Elman's arguments are sums of eight terms, below 32 and rounded to 1e-6, and φ' ~ exp(-2 |x|) doubles that.
+    assert (jacobian != 0).all()
+    np.testing.assert_allclose(jacobian, want, rtol=2e-5)
+
+
 # --- initialisers -----------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +160,7 @@ def test_orthogonal_has_all_singular_values_at_its_gain_and_both_signs_of_determ
 @pytest.mark.parametrize("cell", CELLS)
 def test_defaults(cell):
     made = cell(50, 200, key=jr.key(0))
-    assert made.activation is jnp.tanh
+    assert made.activation is tanh
     np.testing.assert_array_equal(made.bias, jnp.zeros(200))
     assert made.recurrent_weight.shape == (200, 200)
     assert made.input_weight.shape == (200, 50)

@@ -270,6 +270,67 @@ def test_each_step_draws_with_its_own_key():
     assert not jnp.isclose(train(loss, jnp.array(0.0), count_down(), 20, key=jr.key(4))[2].loss, record.loss).any()
 
 
+@pytest.mark.parametrize("every", [1, 4, 12])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_what_the_loss_returns_beside_its_value_is_kept_at_each_step(every, stochastic):
+    optimizer, key = optimizers["adam"], jr.key(5) if stochastic else None
+
+    def loss(model, *keys):
+        value = noisy(model, *keys) if keys else misfit(model)
+        return value, {"both": jnp.stack([model.slope, model.offset]), "count": model.count, "nothing": None}
+
+    trained, state, record = train(loss, line(), optimizer, 12, key=key, has_aux=True, every=every)
+    models, losses, states = by_hand(
+        lambda model, k: loss(model, *([] if key is None else [jr.fold_in(key, k)]))[0], optimizer, 12
+    )
+    assert_same_leaves((trained, state), (models[-1], states[-1]))
+    np.testing.assert_allclose(record.loss, losses, **same)
+    both = [[model.slope, model.offset] for model in models[:-1]]  # before each step
+    np.testing.assert_allclose(record.auxiliary["both"], both, **same)
+    np.testing.assert_array_equal(record.auxiliary["count"], np.full(12, 7))
+    assert record.auxiliary["nothing"] is None
+
+
+def test_without_has_aux_nothing_is_kept():
+    assert train(misfit, line(), optimizers["sgd"], 12)[2].auxiliary is None
+
+
+@LOOPS
+def test_two_halves_with_the_state_carried_are_one_whole(optimizer):
+    # Step numbers, and so keys, start again with each call: a loss without a key.
+    whole, whole_state, record = train(misfit, line(), optimizer, 12)
+    halfway, state, first = train(misfit, line(), optimizer, 6)
+    end, end_state, second = train(misfit, halfway, optimizer, 6, optimizer_state=state)
+    assert_same_leaves(end, whole)
+    assert jax.tree.structure(end_state) == jax.tree.structure(whole_state)
+    if jax.tree.leaves(whole_state):  # plain gradient descent has none
+        assert_same_leaves(end_state, whole_state)
+        afresh, _, _ = train(misfit, halfway, optimizer, 6)
+        assert jnp.abs(afresh.slope - end.slope) > 1e-3
+    np.testing.assert_allclose(np.concatenate([first.loss, second.loss]), record.loss, **same)
+
+
+def test_going_on_compiles_nothing():
+    traces = []
+
+    def loss(p):
+        traces.append(p)
+        return jnp.sum(p**2)
+
+    optimizer = optax.adam(0.1)
+    p, state, _ = train(loss, jnp.ones(2), optimizer, 3)
+    first = len(traces)
+    train(loss, p, optimizer, 3, optimizer_state=state)
+    assert len(traces) == first + 1  # the check of the loss's shape, which runs nothing
+
+
+@pytest.mark.parametrize("function", [descend, train])
+def test_the_warning_points_to_the_caller(function):
+    with pytest.warns(RuntimeWarning, match=f"^{function.__name__} stopped at step 4 of 6") as caught:
+        function(jnp.log, jnp.array(3.5), count_down(), 6)
+    assert caught[0].filename == __file__
+
+
 @LOOPS
 @pytest.mark.parametrize("every", [1, 3, 12])
 def test_train_observes_before_every_few_steps(optimizer, every):
@@ -465,6 +526,18 @@ def test_a_bar_goes_away_after_an_error_or_a_divergence(bars, monkeypatch):
             r"loss must return a scalar, got shape \(2,\)",
         ),
         ({"loss": lambda p: jax.lax.complex(p, p)}, TypeError, "loss must return a real .* got complex128"),
+        ({"has_aux": True}, ValueError, r"loss must return a pair, since has_aux is set, got .*float64"),
+        (
+            {"loss": lambda p: (p, p, p), "has_aux": True},
+            ValueError,
+            r"(?s)loss must return a pair, since has_aux is set, got \(.*, .*, .*\)",
+        ),
+        ({"loss": lambda p: [p, p], "has_aux": True}, ValueError, "loss must return a pair, since has_aux is set"),
+        (
+            {"loss": lambda p: (jnp.stack([p, p]), p), "has_aux": True},
+            ValueError,
+            r"loss must return a scalar, got shape \(2,\)",
+        ),
     ],
 )
 def test_train_refuses(arguments, error, message):
