@@ -217,12 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for figure in [options.figure] if options.figure else figures:
         for part in figures[figure]:
             if options.part in (None, part):
-                modules = {
-                    **dict.fromkeys(paper_deep.PARTS, paper_deep),
-                    **dict.fromkeys(paper_flossing.PARTS, paper_flossing),
-                }
-                run = run_figure if figure in FIGURES else modules[figure].run_figure
-                run(figure, part, options.steps, options.results, options.store)
+                _runner(figure)(figure, part, options.steps, options.results, options.store)
+
+
+def _runner(figure: str) -> Callable:
+    """Who makes a table."""
+    if figure in FIGURES:
+        return run_figure
+    return (paper_deep if figure in paper_deep.PARTS else paper_flossing).run_figure
 
 
 def run_figure(figure: str, teacher: str, steps: int, folder: Path, store: Path) -> None:

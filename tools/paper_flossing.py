@@ -1,8 +1,8 @@
 """The paper-scale runs of chapter 7; `tools/paper.py` is the command that starts them.
 
-A row of the tables of training is one student at one delay: its accuracy, exponents and gradient in stretches of epochs
-(`accuracy_0`, `accuracy_1`, ...), and what it ended with. A row of `floss-approach` is one network brought to one target
-in one way; a row of `floss-descent` one training of such a network by plain gradient descent.
+A row of the tables of training is one student at one delay: its accuracy, exponents and gradient in stretches of
+epochs (`accuracy_0`, `accuracy_1`, ...), and what it ended with. A row of `floss-approach` is one network brought to
+one target in one way; a row of `floss-descent` one training of such a network by plain gradient descent.
 """
 
 import concurrent.futures
@@ -79,10 +79,14 @@ def _with(**options: Any) -> Callable:
     return partial(fl.vanilla, d_hidden=SMALL.d_hidden, **options)
 
 
-def identity_plus(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _tuned(**options: Any) -> Callable:
+    return partial(approach.tuned, d_hidden=SMALL.d_hidden, **options)
+
+
+def _identity(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The identity, for ReLU networks (Le, Jaitly & Hinton 2015)."""
     del key
-    return jax.numpy.eye(*shape)
+    return jax.numpy.eye(shape[0])
 
 
 CONTROLS = (
@@ -91,14 +95,8 @@ CONTROLS = (
     *(Student(f"k = {k}", condition, num_exponents=k) for k in (1, 8, 24) for condition in ("pre", "both")),
     *(Student(f"gain {g}", make=_with(recurrent_init=gaussian(g))) for g in (1.5, 2.0)),
     *(Student(f"orthogonal, gain {g}", make=_with(recurrent_init=orthogonal(g))) for g in (1.0, 1.5)),
-    *(
-        Student(f"gain for {x}", make=partial(approach.tuned, d_hidden=SMALL.d_hidden, exponent=x))
-        for x in (-0.1, -0.03)
-    ),
-    Student(
-        "orthogonal, gain for -0.03",
-        make=partial(approach.tuned, d_hidden=SMALL.d_hidden, exponent=-0.03, recurrent_init=orthogonal()),
-    ),
+    *(Student(f"gain for {x}", make=_tuned(exponent=x)) for x in (-0.1, -0.03)),
+    Student("orthogonal, gain for -0.03", make=_tuned(exponent=-0.03, recurrent_init=orthogonal())),
     *(
         Student(f"{name}", condition, options={"max_norm": norm})
         for name, norm in (("not clipped", np.inf), ("clipped at 1", 1.0))
@@ -127,7 +125,7 @@ CELLS: dict[str, tuple[Callable, int]] = {  # the student, and how many of its e
 }
 ARCHITECTURES = (
     *(Student(name, condition, make, k) for name, (make, k) in CELLS.items() for condition in CONDITIONS),
-    Student("relu, identity", make=_with(activation=jax.nn.relu, recurrent_init=identity_plus)),
+    Student("relu, identity", make=_with(activation=jax.nn.relu, recurrent_init=_identity)),
     Student("lru stack", make=partial(fl.stack, propagation.lru, memory=20.0, width=20)),
 )
 

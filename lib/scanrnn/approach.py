@@ -61,9 +61,9 @@ def flossed(
     steps: int = 500,
 ) -> VanillaCell:
     """The cell after `steps` steps of flossing its k leading exponents to the target, with Adam at 1e-3."""
-    sample = partial(inputs, length=WINDOW)
-    options = {"num_exponents": num_exponents, "steps": steps, "transient": TRANSIENT, "optimizer": optax.adam(1e-3)}
-    return floss(cell, state, sample, target=target, key=key, **options)[0]
+    options: Any = {"num_exponents": num_exponents, "steps": steps, "transient": TRANSIENT, "target": target}
+    moved: Any = floss(cell, state, lambda k: inputs(k, WINDOW), optimizer=optax.adam(1e-3), key=key, **options)[0]
+    return moved
 
 
 def scaled(
@@ -193,8 +193,8 @@ def descend_from(
 
     **Returns** `first`, the achieved Λ_1; `start`, the loss at the start, on one batch; `sharpness`, the eigenvalue of
     its Hessian that is largest in modulus; and `end`, along an axis of the rates, the mean loss of the last twentieth
-    of the steps, NaN if the training stopped. Readout weights have variance 1/N, so that the loss starts near log 2. The
-    task's inputs are `plain_bits`, whatever the network was brought to its exponent with.
+    of the steps, NaN if the training stopped. Readout weights have variance 1/N, so that the loss starts near log 2.
+    The task's inputs are `plain_bits`, whatever the network was brought to its exponent with.
 
     Raises `ValueError` unless `steps` is a multiple of 20.
     """

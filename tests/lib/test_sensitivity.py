@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
@@ -16,6 +18,7 @@ from scanrnn.lyapunov import long_term_jacobian
 from scanrnn.recurrence import linear_recurrence, scan_cell
 from scanrnn.sensitivity import (
     backpropagated_errors,
+    coherence,
     estimate,
     gradient_terms,
     loss_along_gradient,
@@ -192,6 +195,129 @@ def test_sensitivity_needs_memory_for_one_step_only():
     assert memory.temp_size_in_bytes < 1e9
 
 
+# --- coherence --------------------------------------------------------------------------------------------------------
+
+
+@KINDS
+def test_coherence_is_the_sensitivity_and_the_sum_of_its_terms_squared_one_by_one(kind):
+    cell, state, inputs, _ = setting(kind)
+    measured = coherence(cell, state, inputs[:5])
+    assert measured.total.shape == measured.incoherent.shape == (5,)
+    np.testing.assert_array_equal(measured.total, parameter_sensitivity(cell, state, inputs[:5]))
+
+    theta, unravel = ravel_pytree(eqx.filter(cell, eqx.is_inexact_array))
+    start, restore = ravel_pytree(state)
+
+    @jax.jit
+    def step(theta, h, input):
+        new = lambda theta, h: ravel_pytree(eqx.combine(unravel(theta), cell)(input, restore(h)))[0]  # noqa: E731
+        return new(theta, h), *jax.jacobian(new, argnums=(0, 1))(theta, h)
+
+    # With M_{t,τ} = D_t ... D_{τ+1}: for each t all the M_{t,τ} G_τ, dense, one for each τ <= t.
+    h, products, totals, incoherent = start, [], [], []
+    for input in inputs[:5]:
+        h, direct, jacobian = (np.asarray(array) for array in step(theta, h, input))
+        products = [*(jacobian @ product for product in products), direct]
+        totals.append(np.sum(np.sum(products, axis=0) ** 2))
+        incoherent.append(sum(np.sum(product**2) for product in products))
+    np.testing.assert_allclose(measured.total, totals, rtol=1e-12)  # sums of five such terms
+    np.testing.assert_allclose(measured.incoherent, incoherent, rtol=1e-12)
+    # with one step there is one term, and later they do not happen to be orthogonal
+    np.testing.assert_allclose(measured.total[0], measured.incoherent[0], rtol=1e-14)
+    assert abs(measured.total[-1] / measured.incoherent[-1] - 1) > 1e-3
+
+
+@KINDS
+def test_total_is_the_derivative_of_the_states_with_respect_to_the_chosen_leaves(kind):
+    cell, state, inputs, _ = setting(kind)
+    name = "recurrent_weight" if kind == "vanilla" else "weight_hh"
+    chosen = eqx.tree_at(lambda c: getattr(c, name), jax.tree.map(lambda _: False, cell), replace=True)
+    weight = getattr(cell, name)
+
+    @jax.jit
+    @jax.jacfwd
+    def derivative(weight):
+        moved = eqx.tree_at(lambda c: getattr(c, name), cell, weight)
+        return jnp.concatenate(jax.tree.leaves(scan_cell(moved, state, inputs)[1]), axis=1)
+
+    want = jnp.sum(derivative(weight) ** 2, axis=(1, 2, 3))
+    np.testing.assert_allclose(coherence(cell, state, inputs, trainable=chosen).total, want, rtol=1e-12)
+    by_function = coherence(cell, state, inputs, trainable=lambda leaf: leaf is weight)
+    np.testing.assert_allclose(by_function.total, want, rtol=1e-12)
+    assert parameter_sensitivity(cell, state, inputs)[-1] > 1.01 * want[-1]  # the others count too
+
+
+def test_leaves_together_have_the_incoherent_sum_of_the_leaves_alone():
+    cell, state, inputs, _ = setting("vanilla")
+    parts = [
+        coherence(cell, state, inputs, trainable=lambda leaf, part=part: leaf is part) for part in jax.tree.leaves(cell)
+    ]
+    whole = coherence(cell, state, inputs)
+    np.testing.assert_allclose(whole.incoherent, sum(part.incoherent for part in parts), rtol=1e-12)
+    np.testing.assert_allclose(whole.total, sum(part.total for part in parts), rtol=1e-12)
+
+
+def test_the_recurrent_weight_enters_by_the_activity_before_it():
+    # ∂x_τ/∂J_ij = δ_i φ(x_{τ-1})_j, so that ‖M G_τ‖² = ‖M‖² |φ(x_{τ-1})|².
+    cell, state, inputs, _ = setting("vanilla")
+    measured = coherence(cell, state, inputs, trainable=lambda leaf: leaf is cell.recurrent_weight)
+    states = [state, *scan_cell(cell, state, inputs)[1]]
+    J = np.asarray(cell.recurrent_weight)
+    want = []
+    for t in range(1, T + 1):
+        product, total = np.eye(N), 0.0
+        for tau in range(t, 0, -1):  # product is M_{t,τ}
+            total += np.sum(product**2) * np.sum(np.tanh(states[tau - 1]) ** 2)
+            product = product @ J @ np.diag(1 / np.cosh(states[tau - 1]) ** 2)
+        want.append(total)
+    np.testing.assert_allclose(measured.incoherent, want, rtol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(decay=st.floats(-0.95, 0.95), drive=st.floats(0.1, 3.0))
+def test_coherence_of_a_scalar_linear_cell_at_its_fixed_point(decay, drive):
+    # h stays at h* = x / (1 - λ), so that each G_τ is h*, and M_{t,τ} = λ^(t-τ):
+    # total = h*² (Σ λ^k)² and incoherent = h*² Σ λ^2k.
+    fixed_point = drive / (1 - decay)
+    inputs = jnp.full((T, 1), drive)
+    total, incoherent = coherence(Scalar(jnp.array(decay)), jnp.array([fixed_point]), inputs)
+    t = np.arange(1, T + 1)
+    sums = [(1 - ratio**t) / (1 - ratio) for ratio in (decay, decay**2)]
+    # The fixed point is held to ε / (1 - λ), relative, and the closed form loses ε / (1 - λ) as well: 20 ε each.
+    np.testing.assert_allclose(total, (fixed_point * sums[0]) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(incoherent, fixed_point**2 * sums[1], rtol=1e-12)
+    np.testing.assert_allclose(total / incoherent, sums[0] ** 2 / sums[1], rtol=1e-12)
+    assert total[0] == incoherent[0]  # with one step
+    if abs(decay) > 0.01:
+        assert (total[-1] > incoherent[-1]) == (decay > 0)  # a slow mode adds up, an alternating one cancels
+
+
+def test_coherence_of_a_complex_state_counts_both_parts():
+    # dh/dν = exp(iθ) h and dh/dθ = i ν exp(iθ) h add up with the powers of the eigenvalue, which only turn and shrink.
+    cell = Rotation(jnp.array(0.9), jnp.array(0.7))
+    inputs = jr.normal(jr.key(0), (T, 3)).astype(complex)
+    states = np.array([np.zeros(3), *scan_cell(cell, jnp.zeros(3, complex), inputs)[1]])
+    direct = (1 + 0.9**2) * np.sum(np.abs(states[:-1]) ** 2, axis=1)
+    want = [sum(0.9 ** (2 * (t - tau)) * direct[tau] for tau in range(t + 1)) for t in range(T)]
+    measured = coherence(cell, jnp.zeros(3, complex), inputs)
+    np.testing.assert_allclose(measured.incoherent, want, rtol=1e-12)
+    np.testing.assert_allclose(measured.total, parameter_sensitivity(cell, jnp.zeros(3, complex), inputs), rtol=1e-14)
+
+
+def test_coherence_refuses_what_it_cannot_differentiate():
+    cell = Rotation(jnp.array(0.9 + 0.1j), jnp.array(0.7))
+    state, inputs = jnp.ones(3, complex), jnp.ones((4, 3), complex)
+    with pytest.raises(ValueError, match="trainable must choose at least one array of the cell, got none"):
+        coherence(cell, state, inputs, trainable=lambda leaf: False)
+    with pytest.raises(ValueError, match="trainable must choose at least one array of the cell, got none"):
+        coherence(lambda input, state: 0.5 * state, jnp.ones(3), jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match=r"cell must have real parameters .* got complex arrays"):
+        coherence(cell, state, inputs)
+
+
+# --- one parameter for each unit --------------------------------------------------------------------------------------
+
+
 def two_parameters(kind):
     """States of shape (T, N) as a function of one real number for each unit."""
     inputs = jr.normal(jr.key(0), (T, N))
@@ -337,10 +463,11 @@ def call(function, cell=None, state=None, inputs=None, error=None):
     state = jnp.ones(3) if state is None else state
     inputs = jnp.ones((4, 3)) if inputs is None else inputs
     error = jnp.ones(3) if error is None else error
-    return function(cell, state, inputs) if function is parameter_sensitivity else function(cell, state, inputs, error)
+    without_error = function in (parameter_sensitivity, coherence)
+    return function(cell, state, inputs) if without_error else function(cell, state, inputs, error)
 
 
-@pytest.mark.parametrize("function", [backpropagated_errors, gradient_terms, parameter_sensitivity])
+@pytest.mark.parametrize("function", [backpropagated_errors, gradient_terms, parameter_sensitivity, coherence])
 def test_bad_arguments_are_refused_by_name(function):
     with pytest.raises(ValueError, match="inputs must have at least one time step"):
         call(function, inputs=jnp.ones((0, 3)))
@@ -371,7 +498,7 @@ def test_complex_parameters_are_refused():
         parameter_sensitivity(Scalar(jnp.array(0.5 + 0.1j)), jnp.ones(3, complex), jnp.ones((4, 3), complex))
 
 
-@pytest.mark.parametrize("function", [backpropagated_errors, gradient_terms, parameter_sensitivity])
+@pytest.mark.parametrize("function", [backpropagated_errors, gradient_terms, parameter_sensitivity, coherence])
 def test_traced_nan_gives_nan(function):
     class Square(Scalar):
         def __call__(self, input, state):

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scanrnn import _resources
-from scanrnn.tasks import LinearTeacher, autoregressive, delayed_copy, oscillation, two_exponential
+from scanrnn.tasks import (
+    LinearTeacher,
+    autoregressive,
+    delayed_copy,
+    delayed_xor,
+    fair_bits,
+    oscillation,
+    spatial_xor,
+    two_exponential,
+)
 from scanrnn.theory import population_loss
 
 COPIES, LENGTH = 20_000, 6
@@ -259,6 +268,187 @@ def test_the_bits_are_fair_and_independent():
 def test_delays_that_cannot_be_are_refused(length, delay, error, message):
     with pytest.raises(error, match=message):
         delayed_copy(jr.key(0), length, delay)
+
+
+# --- bits and their parities ------------------------------------------------------------------------------------------
+
+
+def test_fair_bits_are_fair_and_independent_of_each_other():
+    bits = fair_bits(jr.key(6), COPIES, 3)
+    assert bits.shape == (COPIES, 3)
+    assert bits.dtype == float
+    assert set(np.unique(bits)) == {0.0, 1.0}
+    signs = np.asarray(bits) * 2 - 1
+    # signs: mean and products of different ones have mean 0 and variance 1
+    assert np.abs(signs.mean(axis=0)).max() < 4 / np.sqrt(COPIES)
+    for lag in (0, 1, 2, 5):
+        products = signs[lag:].T @ signs[: COPIES - lag] / (COPIES - lag)
+        if lag == 0:
+            np.testing.assert_array_equal(np.diag(products), 1)
+            products = products - np.eye(3)
+        assert np.abs(products).max() < 4 / np.sqrt(COPIES - lag), lag
+    assert fair_bits(jr.key(6), 7).shape == (7, 1)
+    np.testing.assert_array_equal(fair_bits(jr.key(6), 50), fair_bits(jr.key(6), 50))
+    assert (fair_bits(jr.key(6), 50) != fair_bits(jr.key(7), 50)).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0,), ValueError, "length must be at least 1, got 0"),
+        ((5.0,), TypeError, r"length must be an integer, got 5\.0 of type float"),
+        ((5, 0), ValueError, "d_in must be at least 1, got 0"),
+        ((5, 2.0), TypeError, r"d_in must be an integer, got 2\.0 of type float"),
+        ((5, True), TypeError, "d_in must be an integer, got True of type bool"),
+    ],
+)
+def test_fair_bits_refuse(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fair_bits(jr.key(0), *arguments)
+
+
+def parities(bits, taps):
+    """By a loop: of the bits at the times t - taps, as far as all of these are there; 0 elsewhere. Targets and mask."""
+    targets, mask = [], []
+    for t in range(len(bits)):
+        seen = all(t >= tap for tap in taps)
+        parity = 0
+        for tap in taps if seen else []:
+            for bit in bits[t - tap]:
+                parity ^= int(bit)
+        targets.append([float(parity)])
+        mask.append(float(seen))
+    return np.array(targets), np.array(mask)
+
+
+xor = jax.jit(delayed_xor, static_argnums=(1, 3))  # compiled once for each length and order
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), length=st.sampled_from([1, 9, 30]), order=st.integers(1, 3), data=st.data())
+def test_delayed_xor_is_the_parity_of_earlier_bits(seed, length, order, data):
+    delay = data.draw(st.integers(0, (length - 1) // 2**order))
+    inputs, targets, mask = xor(jr.key(seed), length, delay, order)
+    np.testing.assert_array_equal(inputs, fair_bits(jr.key(seed), length))
+    want, seen = parities(np.asarray(inputs), [n * delay for n in range(1, 2**order + 1)])
+    np.testing.assert_array_equal(targets, want)
+    np.testing.assert_array_equal(mask, seen)
+    assert inputs.dtype == targets.dtype == mask.dtype == float
+    assert targets.shape == (length, 1)
+    # from there on and not before
+    assert mask.sum() == length - 2**order * delay
+    assert mask[2**order * delay] == 1
+
+
+def test_delayed_xor_of_order_one_is_the_exclusive_or_of_two_bits():
+    bits, targets, mask = (np.asarray(array) for array in delayed_xor(jr.key(1), 40, 7))
+    s, y = bits[:, 0].astype(bool), targets[:, 0].astype(bool)
+    np.testing.assert_array_equal(y[14:], s[7:33] ^ s[:26])
+    assert not y[:14].any()
+    np.testing.assert_array_equal(mask, np.arange(40) >= 14)
+    assert 0 < y.sum() < 26
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_traced_delay_of_delayed_xor_gives_the_same_and_one_outside_gives_nan(order):
+    delays = jnp.arange(-1, 7)
+    inputs, targets, mask = jax.jit(jax.vmap(lambda d: delayed_xor(jr.key(4), 12, d, order)))(delays)
+    largest = {1: 5, 2: 2}[order]  # 2 · 5 and 4 · 2 are below 12
+    outside = (delays < 0) | (delays > largest)
+    np.testing.assert_array_equal(jnp.isnan(targets).all(axis=(1, 2)), outside)
+    np.testing.assert_array_equal(jnp.isnan(targets).any(axis=(1, 2)), outside)
+    for i in np.flatnonzero(~outside):
+        static = delayed_xor(jr.key(4), 12, int(delays[i]), order)
+        for one, another in zip((inputs[i], targets[i], mask[i]), static, strict=True):
+            np.testing.assert_array_equal(one, another)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_part_of_the_bits_tells_nothing_about_the_parity(order):
+    delay, taps = 3, 2**order
+    bits, targets, mask = (np.asarray(array) for array in delayed_xor(jr.key(8), COPIES, delay, order))
+    first = taps * delay
+    n = COPIES - first
+    assert mask.sum() == n
+    y = 2 * targets[first:, 0] - 1
+    tapped = np.stack([2 * bits[first - m * delay : COPIES - m * delay, 0] - 1 for m in range(1, taps + 1)])
+    for left_out in range(taps):
+        # the product of all the others is the best guess of their own, and the correlation of two signs their product
+        some = np.prod(np.delete(tapped, left_out, axis=0), axis=0)
+        assert abs(np.mean(some * y)) < 4 / np.sqrt(n)
+    assert np.abs(tapped @ y / n).max() < 4 / np.sqrt(n)  # nor does a single one
+    np.testing.assert_array_equal(-np.prod(-tapped, axis=0), y)  # but all of them
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((10, 5), ValueError, "delay must be between 0 and 4, got 5"),
+        ((11, 6), ValueError, "delay must be between 0 and 5, got 6"),
+        ((10, 3, 2), ValueError, "delay must be between 0 and 2, got 3"),
+        ((10, -1), ValueError, "delay must be between 0 and 4, got -1"),
+        ((10, 2.0), TypeError, r"delay must be an integer, got 2\.0 of type float"),
+        ((10, np.array([1, 2])), ValueError, r"delay must have 0 axes, got shape \(2,\)"),
+        ((0, 0), ValueError, "length must be at least 1, got 0"),
+        ((10, 1, 0), ValueError, "order must be at least 1, got 0"),
+        ((10, 1, 1.0), TypeError, r"order must be an integer, got 1\.0 of type float"),
+    ],
+)
+def test_delayed_xor_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        delayed_xor(jr.key(0), *arguments)
+
+
+@pytest.mark.parametrize("d_in", [1, 2, 5])
+@pytest.mark.parametrize("delay", [0, 1, 19])
+def test_spatial_xor_is_the_parity_of_the_inputs_of_delay_steps_ago(d_in, delay):
+    inputs, targets, mask = spatial_xor(jr.key(2), 20, delay, d_in)
+    np.testing.assert_array_equal(inputs, fair_bits(jr.key(2), 20, d_in))
+    want, seen = parities(np.asarray(inputs), [delay])
+    np.testing.assert_array_equal(targets, want)
+    np.testing.assert_array_equal(mask, seen)
+    assert targets.dtype == mask.dtype == float
+    if d_in == 1:
+        for one, another in zip((inputs, targets, mask), delayed_copy(jr.key(2), 20, delay), strict=True):
+            np.testing.assert_array_equal(one, another)
+    if d_in == 2:
+        np.testing.assert_array_equal(spatial_xor(jr.key(2), 20, delay)[1], targets)  # two, unless told otherwise
+
+
+def test_a_single_input_tells_nothing_about_the_spatial_parity():
+    inputs, targets, mask = (np.asarray(array) for array in spatial_xor(jr.key(9), COPIES, 4, 3))
+    n = COPIES - 4
+    assert mask.sum() == n
+    past, y = 2 * inputs[:n] - 1, 2 * targets[4:, 0] - 1
+    assert np.abs(past.T @ y / n).max() < 4 / np.sqrt(n)
+    np.testing.assert_array_equal(np.prod(past, axis=1), y)  # of three: the parity is odd if the product is positive
+
+
+def test_a_traced_delay_of_spatial_xor_gives_the_same_and_one_outside_gives_nan():
+    delays = jnp.arange(-1, 8)
+    _, targets, mask = jax.jit(jax.vmap(lambda d: spatial_xor(jr.key(4), 6, d, 3)))(delays)
+    outside = (delays < 0) | (delays > 5)
+    np.testing.assert_array_equal(jnp.isnan(targets).all(axis=(1, 2)), outside)
+    for i in np.flatnonzero(~outside):
+        _, want, seen = spatial_xor(jr.key(4), 6, int(delays[i]), 3)
+        np.testing.assert_array_equal(targets[i], want)
+        np.testing.assert_array_equal(mask[i], seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((5, 5), ValueError, "delay must be between 0 and 4, got 5"),
+        ((5, -1), ValueError, "delay must be between 0 and 4, got -1"),
+        ((5, 2.0), TypeError, r"delay must be an integer, got 2\.0 of type float"),
+        ((0, 0), ValueError, "length must be at least 1, got 0"),
+        ((5, 1, 0), ValueError, "d_in must be at least 1, got 0"),
+        ((5, 1, 2.0), TypeError, r"d_in must be an integer, got 2\.0 of type float"),
+    ],
+)
+def test_spatial_xor_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        spatial_xor(jr.key(0), *arguments)
 
 
 # --- a teacher --------------------------------------------------------------------------------------------------------

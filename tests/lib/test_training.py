@@ -526,7 +526,7 @@ def test_a_bar_goes_away_after_an_error_or_a_divergence(bars, monkeypatch):
             r"loss must return a scalar, got shape \(2,\)",
         ),
         ({"loss": lambda p: jax.lax.complex(p, p)}, TypeError, "loss must return a real .* got complex128"),
-        ({"has_aux": True}, ValueError, r"loss must return a pair, since has_aux is set, got .*float64"),
+        ({"has_aux": True}, ValueError, r"loss must return a pair, since has_aux is set, got .*(float64|f64)"),
         (
             {"loss": lambda p: (p, p, p), "has_aux": True},
             ValueError,
