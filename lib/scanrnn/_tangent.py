@@ -38,3 +38,24 @@ def push_along(step: Callable[[Any, Array], Array], carry: tuple[Array, Array], 
         return push(step, x, directions, input), None
 
     return jax.lax.scan(advance, carry, inputs)[0]
+
+
+@jax.custom_jvp
+def orthonormalize(matrix: Array) -> tuple[Array, Array]:
+    r"""Q of the QR decomposition of a tall matrix, and log|R_ii|; R's signs are arbitrary, and cancel.
+
+    With C = dA R^{-1} and S = Q^T C, the logarithms' differential is the diagonal of S, and dQ = C - Q (S - W), where W
+    is the antisymmetric matrix with the strict lower triangle of S. JAX's own rule also forms dR, which nobody reads.
+    """
+    q, r = jnp.linalg.qr(matrix)
+    return q, jnp.log(jnp.abs(jnp.diagonal(r)))
+
+
+@orthonormalize.defjvp
+def _orthonormalize_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
+    q, r = jnp.linalg.qr(primals[0])
+    c = jax.lax.linalg.triangular_solve(r, tangents[0])
+    s = q.T @ c
+    lower = jnp.tril(s, -1)
+    values = q, jnp.log(jnp.abs(jnp.diagonal(r)))
+    return values, (c - q @ (s - lower + lower.T), jnp.diagonal(s))

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._checks import require_finite, require_inexact, require_integer, time_length
 from ._real import flatten
-from ._tangent import Cell, push, push_along, random_directions, real_map
+from ._tangent import Cell, orthonormalize, push, push_along, random_directions, real_map
 from .recurrence import check_differentiable
 from .training import run_training
 
@@ -264,8 +264,8 @@ def _local_exponents(
 
     def block(carry, inputs):
         x, pushed = push_along(step, carry, inputs)
-        q, r = jnp.linalg.qr(pushed)
-        return (x, q), jnp.log(jnp.abs(jnp.diagonal(r)))  # R's signs are arbitrary and cancel
+        q, logs = orthonormalize(pushed)
+        return (x, q), logs
 
     def run(carry, first, last, interval):
         blocks = jax.tree.map(lambda leaf: leaf[first:last].reshape(-1, interval, *leaf.shape[1:]), inputs)
