@@ -59,16 +59,19 @@ class Student:
     options: dict[str, Any] = field(default_factory=dict)  # of `learn_bits`
 
 
-def schedule(condition: str, size: Size, num_exponents: int | None = None) -> fl.Flossing | None:
-    """When and how a student is flossed: 500 steps before training; at epochs 100 and 200 again; or as many at once."""
-    count = size.num_exponents if num_exponents is None else num_exponents
-    made = {
-        "none": lambda: None,
-        "pre": lambda: fl.Flossing(count),
-        "both": lambda: fl.Flossing(count, (0, 100, 200), later=size.between),
-        "upfront": lambda: fl.Flossing(count, steps=500 + 2 * size.between),
-    }
-    return made[condition]()
+def schedule(condition: str, between: int) -> dict[str, Any] | None:
+    """When a student is flossed: for 500 steps before training; at epochs 100 and 200 again; or as often, at once."""
+    return {
+        "none": None,
+        "pre": {"epochs": (0,)},
+        "both": {"epochs": (0, 100, 200), "later": between},
+        "upfront": {"epochs": (0,), "steps": 500 + 2 * between},
+    }[condition]
+
+
+def learn(point: dict[str, Any], *, flossing: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    """`learn_bits` with its schedule as a dictionary: a store names what it keeps by numbers and functions alone."""
+    return fl.learn_bits(point, flossing=None if flossing is None else fl.Flossing(**flossing), **options)
 
 
 CONDITIONS = ("none", "pre", "both")
@@ -77,6 +80,14 @@ VANILLA = tuple(Student("vanilla", condition) for condition in CONDITIONS)
 
 def _with(**options: Any) -> Callable:
     return partial(fl.vanilla, d_hidden=SMALL.d_hidden, **options)
+
+
+def _gaussian(key: jax.Array, shape: tuple[int, ...], *, gain: float) -> jax.Array:
+    return gaussian(gain)(key, shape)
+
+
+def _orthogonal(key: jax.Array, shape: tuple[int, ...], *, gain: float = 1.0) -> jax.Array:
+    return orthogonal(gain)(key, shape)
 
 
 def _tuned(**options: Any) -> Callable:
@@ -93,10 +104,10 @@ CONTROLS = (
     *VANILLA,
     Student("vanilla", "upfront"),
     *(Student(f"k = {k}", condition, num_exponents=k) for k in (1, 8, 24) for condition in ("pre", "both")),
-    *(Student(f"gain {g}", make=_with(recurrent_init=gaussian(g))) for g in (1.5, 2.0)),
-    *(Student(f"orthogonal, gain {g}", make=_with(recurrent_init=orthogonal(g))) for g in (1.0, 1.5)),
+    *(Student(f"gain {g}", make=_with(recurrent_init=partial(_gaussian, gain=g))) for g in (1.5, 2.0)),
+    *(Student(f"orthogonal, gain {g}", make=_with(recurrent_init=partial(_orthogonal, gain=g))) for g in (1.0, 1.5)),
     *(Student(f"gain for {x}", make=_tuned(exponent=x)) for x in (-0.1, -0.03)),
-    Student("orthogonal, gain for -0.03", make=_tuned(exponent=-0.03, recurrent_init=orthogonal())),
+    Student("orthogonal, gain for -0.03", make=_tuned(exponent=-0.03, recurrent_init=_orthogonal)),
     *(
         Student(f"{name}", condition, options={"max_norm": norm})
         for name, norm in (("not clipped", np.inf), ("clipped at 1", 1.0))
@@ -113,6 +124,10 @@ def _lstm(d_in: int, d_hidden: int, *, key: jax.Array) -> eqx.nn.LSTMCell:
     return eqx.nn.LSTMCell(d_in, d_hidden, key=key)
 
 
+def _relu(x: jax.Array) -> jax.Array:
+    return jax.nn.relu(x)
+
+
 def _leaky(x: jax.Array) -> jax.Array:
     return jax.nn.leaky_relu(x, 0.1)
 
@@ -120,12 +135,12 @@ def _leaky(x: jax.Array) -> jax.Array:
 CELLS: dict[str, tuple[Callable, int]] = {  # the student, and how many of its exponents are flossed
     "gru": (partial(fl.reader, _gru, d_hidden=48), 42),
     "lstm": (partial(fl.reader, _lstm, d_hidden=24, states=2), 42),
-    "relu": (_with(activation=jax.nn.relu, recurrent_init=gaussian(1.4)), 8),
-    "leaky_relu": (_with(activation=_leaky, recurrent_init=gaussian(1.4)), 42),
+    "relu": (_with(activation=_relu, recurrent_init=partial(_gaussian, gain=1.4)), 8),
+    "leaky_relu": (_with(activation=_leaky, recurrent_init=partial(_gaussian, gain=1.4)), 42),
 }
 ARCHITECTURES = (
     *(Student(name, condition, make, k) for name, (make, k) in CELLS.items() for condition in CONDITIONS),
-    Student("relu, identity", make=_with(activation=jax.nn.relu, recurrent_init=_identity)),
+    Student("relu, identity", make=_with(activation=_relu, recurrent_init=_identity)),
     Student("lru stack", make=partial(fl.stack, propagation.lru, memory=20.0, width=20)),
 )
 
@@ -160,7 +175,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
         (-0.5, -0.2, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3),
     ),
     "gain": ({"way": approach.scaled}, TARGETS),
-    "orthogonal gain": ({"way": approach.scaled, "recurrent_init": orthogonal()}, TARGETS),
+    "orthogonal gain": ({"way": approach.scaled, "recurrent_init": _orthogonal}, TARGETS),
     "linear": ({"way": approach.linear}, TARGETS[:-1]),
 }
 RATES = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-10, 3))
@@ -203,24 +218,26 @@ def _training(figure: str, task: str, seeds: int, share: float, **how: Any) -> l
 
 def _train(about: Figure, student: Student, task: str, seeds: int, share: float, **how: Any) -> dict[str, np.ndarray]:
     size, delays = about.size, about.delays[task]
+    count = student.num_exponents or size.num_exponents
+    flossing = schedule(student.condition, size.between)
     run = partial(
-        fl.learn_bits,
+        learn,
         student=student.make or partial(fl.vanilla, d_hidden=size.d_hidden),
         task=TASKS[task],
         delays=delays,
-        flossing=schedule(student.condition, size, student.num_exponents),
+        flossing=flossing and flossing | {"num_exponents": count},
         d_in=2 if task == "spatial" else 1,
         length=size.length,
         epochs=max(3, round(share * size.epochs / 100)) * 100,
-        spectrum=student.num_exponents or size.num_exponents,
+        spectrum=count,
         **student.options,
     )
     columns = sweep(run, grid(seed=range(seeds)), chunk=1 if size is PAPER else 4, **how)
-    count = seeds * len(delays)
+    rows = seeds * len(delays)
     table: dict[str, np.ndarray] = {
-        "student": np.full(count, student.name),
-        "condition": np.full(count, student.condition),
-        "task": np.full(count, task),
+        "student": np.full(rows, student.name),
+        "condition": np.full(rows, student.condition),
+        "task": np.full(rows, task),
         "delay": np.tile(delays, seeds),
         "seed": np.repeat(columns["seed"], len(delays)),
         "accuracy_end": columns["accuracy_end"].ravel(),
