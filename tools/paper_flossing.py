@@ -172,7 +172,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     # The mean over many exponents holds the first one back, so its targets go further.
     "flossed, k = 28": (
         {"way": partial(approach.flossed, num_exponents=28)},
-        (-0.5, -0.2, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3),
+        (-0.5, -0.2, -0.1, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
     ),
     "gain": ({"way": approach.scaled}, TARGETS),
     "orthogonal gain": ({"way": approach.scaled, "recurrent_init": _orthogonal}, TARGETS),
