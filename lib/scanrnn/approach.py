@@ -5,9 +5,9 @@ r"""Networks brought to the same leading exponent Λ_1 in different ways, and wh
     linear        φ(x) = x, and J scaled to the spectral radius e^{Λ_1}
 
 The derivative is a sum over the past, ∂x_t/∂J = Σ_τ M_{t,τ} G_τ. If its terms are orthogonal, its mean square is that
-of the products, Σ_k E‖M_k‖² ~ 1/(2|q|) for a mean-square rate q < 0 (`scanrnn.lyapunov.mean_square_exponent`); if they
-all point the same way, it grows as the square of such a sum. `portrait` measures both on one network, `descend_from`
-what plain gradient descent makes of it.
+of the products, Σ_k E‖M_k‖², which grows as 1/|Λ_ms| while the mean-square rate Λ_ms is negative
+(`scanrnn.lyapunov.mean_square_exponent`); if they all point the same way, as 1/Λ_ms². `portrait` measures both on one
+network, `descend_from` what plain gradient descent makes of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -125,7 +125,7 @@ def portrait(
 ) -> dict[str, Array]:
     r"""One network, drawn with `seed` and brought to `target` in one way, looked at in a window of its own.
 
-    **Returns** `first`, the achieved $\Lambda_1$; `mean_square`, the mean-square rate q from as many walkers; `total`
+    **Returns** `first`, the achieved $\Lambda_1$; `mean_square`, the mean-square rate, from as many walkers; `total`
     and `incoherent`, the time averages of the two sums of `scanrnn.sensitivity.coherence` for θ = J, and, with
     `_median`, the medians over time; `variance`, that of a unit's state over time, averaged over the units; `activity`,
     the time average of $\|\varphi(x)\|^2$; `norm`, $\|J\|_2$; `radius`, its spectral radius; and

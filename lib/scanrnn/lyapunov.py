@@ -165,9 +165,21 @@ class FlossingHistory(NamedTuple):
 def flossing_loss(
     exponents: Float[Array, " num_exponents"], target: float | Float[Array, "..."] = 0.0
 ) -> Float[Array, ""]:
-    r"""$\frac1k\sum_{i\le k}(\Lambda_i-\mathrm{target})^2$, in squared nats per step; one target, or one for each."""
+    r"""$\frac1k\sum_{i\le k}(\Lambda_i-\mathrm{target})^2$, in squared nats per step; one target, or one for each.
+
+    Raises `ValueError` for targets of another shape or not finite, `TypeError` for exponents that are not floating
+    point.
+    """
+    require_inexact("exponents", exponents)
     exponents = jnp.asarray(exponents)
+    _check_target(target, exponents.shape)
     return jnp.mean((exponents - jnp.asarray(target, exponents.dtype)) ** 2)
+
+
+def _check_target(target: float | Array, shape: tuple[int, ...]) -> None:
+    if jnp.shape(target) not in ((), shape):
+        raise ValueError(f"target must be one number or have the shape {shape}, got shape {jnp.shape(target)}")
+    require_finite("target", target)
 
 
 def floss(
@@ -208,7 +220,10 @@ def floss(
     require_inexact("state", state)
     require_finite("state", state)
     require_integer("num_exponents", num_exponents, minimum=1, maximum=flatten(state).size)
+    _check_target(target, (num_exponents,))
     moved, fixed = eqx.partition(cell, trainable)
+    if not any(eqx.is_inexact_array(leaf) for leaf in jax.tree.leaves(moved)):
+        raise ValueError("trainable must choose at least one floating-point array of the cell, got none")
     target = jnp.asarray(target, flatten(state).dtype)
     loss = _Flossing(fixed, state, target, sample_inputs, num_exponents, transient, interval)
     moved, optimizer_state, record = run_training(

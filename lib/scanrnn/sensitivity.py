@@ -142,10 +142,11 @@ def coherence(cell: Cell, state: PyTree, inputs: PyTree, *, trainable: Any = eqx
     `parameter_sensitivity`, and `ValueError` if there are none.
     """
     check_differentiable(cell, state, inputs)
-    parameters, rest = eqx.partition(cell, trainable)
+    chosen = jax.tree.map(eqx.is_inexact_array, eqx.filter(cell, trainable, replace=0))
+    parameters, rest = eqx.partition(cell, chosen)
     leaves = jax.tree.leaves(parameters)
     if not leaves:
-        raise ValueError("trainable must choose at least one array of the cell, got none")
+        raise ValueError("cell must have a floating-point array among its trainable leaves, got none")
     if any(jnp.iscomplexobj(leaf) for leaf in leaves):
         raise TypeError("cell must have real parameters (complex ones as real and imaginary parts), got complex arrays")
     return Coherence(*_coherence(parameters, rest, state, inputs))

@@ -32,7 +32,7 @@ def network(seed=0, n=N, **options) -> tuple[VanillaCell, Array]:
     return VanillaCell(1, n, bias_init=bias_init, key=cell_key, **options), jr.normal(state_key, (n,))
 
 
-def call(cell=None, state=None, sample_inputs=sample, **options) -> tuple[Any, Any, Any]:
+def call(cell=None, state=None, sample_inputs: Any = sample, **options) -> tuple[Any, Any, Any]:
     """`floss` with arguments that fit, as far as no others are given."""
     cell = network()[0] if cell is None else cell
     state = network()[1] if state is None else state
@@ -282,7 +282,8 @@ def test_brings_the_exponents_of_any_cell_nearer_to_the_target(kind):
     for old, new in zip(leaves(cell), leaves(flossed), strict=True):
         assert new.dtype == old.dtype
         assert jnp.isfinite(new).all()
-        assert (new != old).any()
+        # a piecewise linear cell's Jacobians do not depend on inputs and biases, except where a unit crosses zero
+        assert (new != old).any() or (kind == "leaky ReLU" and new.shape != (N, N))
 
 
 class Diagonal(eqx.Module):
@@ -432,8 +433,14 @@ def test_saturated_units_in_single_precision_keep_their_exponents_with_the_cells
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 2.0}, TypeError, r"steps must be an integer, got 2\.0"),
         ({"optimizer": 0.1}, TypeError, r"optimizer must have init and update, .* got 0\.1"),
-        ({"trainable": lambda leaf: False}, ValueError, "must hold a floating-point array, got VanillaCell"),
-        ({"cell": lambda input, state: 0.5 * state}, ValueError, "must hold a floating-point array"),
+        ({"trainable": lambda leaf: False}, ValueError, "trainable must choose at least one floating-point array"),
+        (
+            {"target": jnp.zeros((2, 1))},
+            ValueError,
+            r"target must be one number or have the shape \(\d,\), got shape \(2, 1\)",
+        ),
+        ({"target": jnp.nan}, ValueError, "target must be finite, got nan"),
+        ({"cell": lambda input, state: 0.5 * state}, ValueError, "trainable must choose at least one"),
         (
             {"cell": Diagonal(jnp.ones(N), jnp.ones(N, complex)), "state": jnp.ones(N, complex)},
             TypeError,

@@ -307,9 +307,9 @@ def test_coherence_of_a_complex_state_counts_both_parts():
 def test_coherence_refuses_what_it_cannot_differentiate():
     cell = Rotation(jnp.array(0.9 + 0.1j), jnp.array(0.7))
     state, inputs = jnp.ones(3, complex), jnp.ones((4, 3), complex)
-    with pytest.raises(ValueError, match="trainable must choose at least one array of the cell, got none"):
+    with pytest.raises(ValueError, match="cell must have a floating-point array among its trainable leaves, got none"):
         coherence(cell, state, inputs, trainable=lambda leaf: False)
-    with pytest.raises(ValueError, match="trainable must choose at least one array of the cell, got none"):
+    with pytest.raises(ValueError, match="cell must have a floating-point array among its trainable leaves, got none"):
         coherence(lambda input, state: 0.5 * state, jnp.ones(3), jnp.ones((4, 3)))
     with pytest.raises(TypeError, match=r"cell must have real parameters .* got complex arrays"):
         coherence(cell, state, inputs)
