@@ -160,7 +160,7 @@ TRAINING = {
         VANILLA, SMALL, {"xor": (4, 8, 12, 16, 20, 24), "copy": (10, 20, 30, 40), "spatial": (10, 20, 30, 40)}, 16
     ),
     "eng23-main": Figure(VANILLA, PAPER, dict.fromkeys(("xor", "copy"), (10, 15, 20, 30, 40)), 8),
-    "eng23-controls": Figure(CONTROLS, SMALL, {"xor": (12, 20)}, 16),
+    "eng23-controls": Figure(CONTROLS, SMALL, {"xor": (12, 20)}, 8),
     "eng23-architectures": Figure(ARCHITECTURES, SMALL, {"xor": (4, 12, 20)}, 16),
 }
 
