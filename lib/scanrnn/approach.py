@@ -18,10 +18,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._checks import require_integer
+from ._checks import require_integer, require_values
 from .cells import Initializer, VanillaCell, gaussian
 from .curvature import top_eigenvalue
 from .flossing import BitReader, bit_loss, vanilla
@@ -245,3 +246,41 @@ def tuned(
     return eqx.tree_at(
         lambda s: s.cell, student, scaled(cell, state, plain_bits, jnp.asarray(exponent, float), scale_key)
     )
+
+
+# Tables of portraits -------------------------------------------------------------------------------------------------
+
+
+def matched(
+    table: Mapping[str, np.ndarray], exponent: float, column: str, *, within: float = 1.4
+) -> Float[np.ndarray, " networks"]:
+    """`column` of each network (seed) of a table, where its achieved exponent `first` is `exponent` up to a factor.
+
+    A network with several such rows counts once, with their mean; one without any is left out. Raises `ValueError`
+    unless `exponent` is negative and `within` above 1.
+    """
+    require_values("exponent", exponent, "negative", lambda x: x < 0)
+    require_values("within", within, "above 1", lambda x: x > 1)
+    ratio = table["first"] / exponent
+    near = (ratio > 1 / within) & (ratio < within) & np.isfinite(table[column])
+    seeds = table["seed"][near]
+    return np.array([np.mean(table[column][near][seeds == seed]) for seed in np.unique(seeds)])
+
+
+def powers(
+    table: Mapping[str, np.ndarray], column: str, rate: str = "first", *, nearest: float = 0.008, farthest: float = 0.15
+) -> Float[np.ndarray, " networks"]:
+    r"""p of each network (seed), fitted to $y - y_0\propto|r|^p$ for negative r between `nearest` and `farthest`.
+
+    y is `column` and r is `rate`, a typical or a mean-square rate; $y_0$ is y at the network's lowest target, the part
+    of the modes that are fast whatever the first does. Rows without excess over it are left out, and networks with
+    fewer than three rows.
+    """
+    found = []
+    for seed in np.unique(table["seed"]):
+        rows = {name: values[table["seed"] == seed] for name, values in table.items()}
+        distance, excess = -rows[rate], rows[column] - rows[column][np.argmin(rows["target"])]
+        here = (distance > nearest) & (distance < farthest) & (excess > 0) & np.isfinite(excess)
+        if here.sum() >= 3:
+            found.append(np.polyfit(np.log(distance[here]), np.log(excess[here]), 1)[0])
+    return np.array(found)

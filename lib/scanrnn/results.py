@@ -7,13 +7,15 @@ one with the least mean loss over the seeds; a rate at which a run diverged has 
 import csv
 import io
 import json
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import ArrayLike, Shaped
 
 from . import _resources
 
@@ -128,6 +130,59 @@ def best_of_each(
     least = np.full(group.max(initial=-1) + 1, np.inf)
     np.minimum.at(least, group.ravel(), losses)
     return least
+
+
+def series(table: Mapping[str, np.ndarray], column: str) -> tuple[np.ndarray, np.ndarray]:
+    """The columns `column_0`, `column_5`, ... as their numbers and one row of values for each row of the table.
+
+    Raises `ValueError` where there is no such column.
+    """
+    pattern = re.compile(re.escape(column) + r"_(\d+)")
+    numbers = {name: int(found[1]) for name in table if (found := pattern.fullmatch(name))}
+    if not numbers:
+        raise ValueError(f"the table has the columns {list(table)}, got {column!r}, to be followed by numbers")
+    names = sorted(numbers, key=lambda name: numbers[name])
+    return np.array([numbers[name] for name in names]), np.stack([table[name] for name in names], axis=1)
+
+
+class Interval(NamedTuple):
+    """A number with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(flags: ArrayLike) -> Interval:
+    r"""The share p of true ones among n independent trials, with Wilson's score interval (Wilson 1927),
+
+    $$\frac{p+\frac{z^2}{2n}\pm z\sqrt{\frac{p(1-p)}n+\frac{z^2}{4n^2}}}{1+\frac{z^2}n},\qquad z=1.96 .$$
+
+    Unlike the usual ± 2 standard errors it stays within 0 ... 1, and is not empty where all or none succeed. Raises
+    `ValueError` for no trials, `TypeError` for what is not boolean.
+    """
+    flags = np.asarray(flags)
+    if flags.dtype != bool:
+        raise TypeError(f"flags must be boolean, got {flags.dtype}")
+    if flags.size == 0:
+        raise ValueError("flags must hold at least one trial, got none")
+    p, n, z = float(flags.mean()), flags.size, 1.959964
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return Interval(p, (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n))
+
+
+def median(values: ArrayLike, *, draws: int = 4000) -> Interval:
+    """The sample median, with the interval between the 2.5 and 97.5 % quantiles of bootstrapped medians.
+
+    Always the same draws for the same number of values. Raises `ValueError` for no values or more than one axis; a
+    value that is not a number gives NaN.
+    """
+    values = np.asarray(values, float)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"values must have one axis and at least one entry, got shape {values.shape}")
+    drawn = np.random.default_rng(0).choice(values, (draws, values.size))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return Interval(float(np.median(values)), float(low), float(high))
 
 
 def _text(value: Any) -> str:
