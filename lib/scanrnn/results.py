@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import ArrayLike, Shaped
+from jaxtyping import Shaped
+from numpy.typing import ArrayLike
 
 from . import _resources
 

@@ -26,6 +26,7 @@ from scanrnn.curvature import (
     hessian,
     released_effective_learning_rate,
     residual_jacobian,
+    top_eigenvalue,
 )
 from scanrnn.eigenvalues import Exponential, LearnedNormalizer, ring
 from scanrnn.layers import S5, DiagonalRNN, LinearRNN
@@ -167,7 +168,7 @@ def test_single_precision_is_kept():
     assert hessian(lambda p: jnp.sum(p**3), p).dtype == gauss_newton(jnp.sin, p).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("function", [hessian, gauss_newton, residual_jacobian])
+@pytest.mark.parametrize("function", [hessian, gauss_newton, residual_jacobian, partial(top_eigenvalue, key=jr.key(0))])
 @pytest.mark.parametrize(
     ("parameters", "error", "message"),
     [
@@ -317,6 +318,115 @@ def test_traced_values_that_are_not_finite_are_marked():
 def test_vectors_and_masses_that_do_not_fit_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- the largest eigenvalue -------------------------------------------------------------------------------------------
+
+
+class Quadratic(eqx.Module):
+    """½ pᵀAp, whose Hessian is A wherever p is; a module, so that one program serves all A of a size."""
+
+    matrix: jax.Array
+
+    def __call__(self, p):
+        return 0.5 * p @ self.matrix @ p
+
+
+def with_eigenvalues(values, seed) -> Quadratic:
+    basis = jr.orthogonal(jr.key(seed), len(values))
+    return Quadratic(basis @ jnp.diag(jnp.array(values)) @ basis.T)
+
+
+def largest(quadratic, steps, seed=0):
+    return float(top_eigenvalue(quadratic, jnp.zeros(len(quadratic.matrix)), steps=steps, key=jr.key(seed)))
+
+
+P = 5
+seeds = st.integers(0, 2**31 - 1)
+# Of P orthonormal directions and P products of P terms each
+rounding = 64 * P**2 * EPS
+
+
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(st.integers(-100, 100), min_size=P, max_size=P, unique=True), seed=seeds)
+@example(values=[-100, 99, 1, 2, 3], seed=0)
+@example(values=[0, -1, -2, -3, -4], seed=0)
+def test_the_largest_eigenvalue_is_exact_once_there_are_as_many_steps_as_parameters(values, seed):
+    size = max(map(abs, values))
+    winners = [value for value in values if abs(value) == size]  # two, if they are opposite
+    quadratic = with_eigenvalues([float(value) for value in values], seed)
+    before = 0.0
+    for steps in (1, 3):
+        got = abs(largest(quadratic, steps, seed))
+        assert got <= size * (1 + rounding)
+        assert got >= before - rounding * size  # Cauchy: Rayleigh quotients of a space that grows
+        before = got
+    for steps in (P, 50):
+        got = largest(quadratic, steps, seed)
+        np.testing.assert_allclose(got, min(winners, key=lambda value: abs(value - got)), rtol=0, atol=rounding * size)
+
+
+def test_a_single_step_is_the_curvature_along_a_random_direction():
+    quadratic, key = with_eigenvalues([3.0, 1.0, -2.0, 0.5, 0.0], 1), jr.key(7)
+    direction = jr.normal(key, (P,))
+    want = direction @ quadratic.matrix @ direction / (direction @ direction)
+    np.testing.assert_allclose(largest(quadratic, 1, 7), want, rtol=0, atol=3 * rounding)
+
+
+@pytest.mark.parametrize("top", [-3.0, 3.0])
+def test_few_steps_find_an_eigenvalue_that_stands_out(top):
+    quadratic, key = with_eigenvalues([top, *np.linspace(-1, 1, 19)], 2), jr.key(0)
+    vectors = jnp.linalg.eigh(quadratic.matrix)[1]
+    start = jr.normal(key, (20,))
+    cosine = vectors[:, 0 if top < 0 else -1] @ start / jnp.linalg.norm(start)
+    for steps in (2, 6):
+        # Kaniel and Saad: (λ₁ - λₙ) tan² / T², with the Chebyshev polynomial T of degree steps - 1 at
+        # 1 + 2 (λ₁ - λ₂) / (λ₂ - λₙ) = 3
+        bound = 4 * (1 / cosine**2 - 1) / np.cosh((steps - 1) * np.arccosh(3)) ** 2
+        error = abs(top) - abs(largest(quadratic, steps))
+        assert -64 * 20**2 * EPS < error < bound
+    assert bound < 1e-3
+
+
+# Fewer different eigenvalues than parameters: the directions run out, and what is left of the next one is rounding.
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(st.integers(-2, 2), min_size=P, max_size=P), turned=st.booleans(), seed=seeds)
+@example(values=[1, 1, 1, 1, 1], turned=False, seed=0)
+@example(values=[0, 0, 0, 0, 0], turned=False, seed=0)
+@example(values=[0, 0, -1, 0, 0], turned=False, seed=5)
+@example(values=[0, 0, -1, 0, 0], turned=True, seed=0)
+@example(values=[0, 2, -2, 0, 0], turned=False, seed=0)
+def test_the_largest_eigenvalue_where_eigenvalues_are_repeated(values, turned, seed):
+    numbers = [float(value) for value in values]
+    quadratic = with_eigenvalues(numbers, seed) if turned else Quadratic(jnp.diag(jnp.array(numbers)))
+    got, size = largest(quadratic, P, seed), max(map(abs, values))
+    np.testing.assert_allclose(abs(got), size, rtol=0, atol=rounding * size)
+    assert min(abs(got - value) for value in values) <= rounding * size
+
+
+def test_the_largest_eigenvalue_of_a_pytree_is_that_of_its_hessian():
+    values = np.linalg.eigvalsh(hessian(knot, KNOT))
+    want = values[np.argmax(np.abs(values))]
+    got = top_eigenvalue(knot, KNOT, key=jr.key(0))
+    assert got.shape == ()
+    np.testing.assert_allclose(got, want, rtol=64 * 7**2 * EPS)
+    traced = jax.jit(lambda p, key: top_eigenvalue(knot, p, steps=7, key=key))(KNOT, jr.key(0))
+    np.testing.assert_allclose(traced, want, rtol=64 * 7**2 * EPS)
+    # of the negative of the loss it is the same one, with the other sign
+    np.testing.assert_allclose(top_eigenvalue(lambda p: -knot(p), KNOT, key=jr.key(0)), -want, rtol=64 * 7**2 * EPS)
+
+
+def test_the_largest_eigenvalue_in_single_precision():
+    got = top_eigenvalue(lambda p: jnp.sum(p**3), jnp.arange(4, dtype=jnp.float32), key=jr.key(0))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, 18, rtol=64 * 4**2 * float(np.finfo(np.float32).eps))
+
+
+def test_no_step_is_refused():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        top_eigenvalue(knot, KNOT, steps=0, key=jr.key(0))
+    with pytest.raises(TypeError, match=r"steps must be an integer, got 2\.0"):
+        top_eigenvalue(knot, KNOT, steps=2.0, key=jr.key(0))  # pyright: ignore[reportArgumentType]
 
 
 # --- effective learning rates -----------------------------------------------------------------------------------------
