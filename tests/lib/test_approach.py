@@ -276,12 +276,15 @@ def descents(seed, rates):
 
 @jax.jit
 def rebuilt(seed):
-    """The student at the start, the keys of its training, its batch and its window, and where that starts."""
+    """The student at the start, the key of its training, its loss and the Hessian of it, and its exponent."""
     cell, state, key = approach.network({"seed": seed, "target": 0.0}, way=before, d_hidden=HIDDEN)
     read_key, train_key, sharp_key, window_key = jr.split(key, 4)
     init = lambda key, shape: jr.normal(key, shape) / np.sqrt(HIDDEN).item()  # noqa: E731
     student = BitReader(cell, jnp.stack([state] * BATCH), weight_init=init, key=read_key)
-    return student, train_key, sharp_key, window_key, state
+    at_start = partial(loss, key=sharp_key)
+    window = approach.plain_bits(window_key, 3000)
+    exponent = lyapunov_exponents(cell, state, window, 1, transient=500)[0]
+    return student, train_key, at_start(student), hessian(at_start, student), exponent
 
 
 def loss(student, key):
@@ -296,15 +299,12 @@ def test_a_descent_starts_from_the_loss_and_its_hessian():
     got = descents(4, RATES)
     shapes = {name: value.shape for name, value in got.items()}
     assert shapes == {"first": (), "start": (), "sharpness": (), "end": (3,)}
-    student, _, sharp_key, window_key, state = rebuilt(4)
-    at_start = partial(loss, key=sharp_key)
-    np.testing.assert_allclose(got["start"], at_start(student), rtol=1e-12)
-    values = np.linalg.eigvalsh(hessian(at_start, student))
+    _, _, start, matrix, exponent = rebuilt(4)
+    np.testing.assert_allclose(got["start"], start, rtol=1e-12)
+    values = np.linalg.eigvalsh(matrix)
     assert len(values) == HIDDEN**2 + 2 * HIDDEN + BATCH * HIDDEN + HIDDEN + 1 < 50  # so that Lanczos is exact
     np.testing.assert_allclose(got["sharpness"], values[np.argmax(np.abs(values))], rtol=64 * 50**2 * EPS)
-    window = approach.plain_bits(window_key, 3000)
-    want = lyapunov_exponents(student.cell, state, window, 1, transient=500)
-    np.testing.assert_allclose(got["first"], want[0], rtol=1e-9)
+    np.testing.assert_allclose(got["first"], exponent, rtol=1e-9)
 
 
 def test_a_descent_is_a_plain_loop_and_has_no_loss_if_it_stopped():
