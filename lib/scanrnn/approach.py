@@ -79,7 +79,8 @@ def scaled(
 ) -> VanillaCell:
     r"""The cell with J → g J, where g in [0.1, 10] is found by bisection, so that $\Lambda_1$ is the target.
 
-    On one sequence of inputs for all g: there Λ_1(g) is smooth, and it increases, but for small ripples.
+    On one sequence of inputs for all g: there Λ_1(g) is smooth, and it increases, but for small ripples. Not in very
+    small networks, whose units can stay saturated: a target out of reach ends at g = 10, so look at what was achieved.
     """
     sequence = inputs(key, length)
 

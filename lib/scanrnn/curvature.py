@@ -120,7 +120,7 @@ def top_eigenvalue(
     """
     require_integer("steps", steps, minimum=1)
     flat, rebuild = _ravel(parameters)
-    return _top_eigenvalue(loss, flat, rebuild, min(steps, flat.size), key)
+    return _top_eigenvalue(loss, flat, rebuild, min(int(steps), flat.size), key)
 
 
 @eqx.filter_jit  # one compilation for each kind of loss and shape
@@ -134,9 +134,11 @@ def _top_eigenvalue(loss: Callable, flat: Array, rebuild: Callable, steps: int, 
         basis, direction = carry
         basis = basis.at[k].set(direction)
         image = jax.jvp(gradient, (flat,), (direction,))[1]
-        rest = orthogonal(orthogonal(image, basis), basis)  # twice is enough
+        once = orthogonal(image, basis)
+        rest = orthogonal(once, basis)  # twice is enough
         length = jnp.linalg.norm(rest)
-        return (basis, rest / jnp.where(length > 0, length, 1)), image
+        new = length > 0.7 * jnp.linalg.norm(once)  # else only rounding is left, and the basis is complete
+        return (basis, jnp.where(new, rest / jnp.where(new, length, 1), 0)), image
 
     start = jax.random.normal(key, flat.shape, flat.dtype)
     carry = jnp.zeros((steps, flat.size), flat.dtype), start / jnp.linalg.norm(start)

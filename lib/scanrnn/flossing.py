@@ -157,7 +157,7 @@ def clip_each(max_norm: float) -> optax.GradientTransformation:
 
     def clip(gradient: Any, _: Any) -> Array:
         norm = jnp.linalg.norm(gradient.ravel())
-        return gradient * jnp.minimum(1.0, max_norm / jnp.where(norm > 0, norm, 1.0)).astype(gradient.dtype)
+        return gradient * jnp.minimum(1.0, max_norm / norm).astype(gradient.dtype)  # 0 stays 0: min(1, inf) = 1
 
     return optax.stateless_with_tree_map(clip)
 
@@ -168,7 +168,7 @@ def bit_loss(student: Student, inputs: Array, targets: Array, mask: Array) -> tu
     surprise = optax.sigmoid_binary_cross_entropy(logits, targets[..., 0])
     right = (logits >= 0) == (targets[..., 0] > 0.5)
     scored = jnp.sum(mask)
-    return jnp.sum(surprise * mask) / scored, jnp.sum(right * mask) / scored
+    return jnp.sum(surprise * mask) / scored, jnp.sum(jnp.where(right, mask, 0)) / scored
 
 
 def learn_bits(
@@ -200,6 +200,9 @@ def learn_bits(
     `epochs` and the epochs of the flossing, and for the latter if the student is not a `BitReader`.
     """
     require_integer("every", every, minimum=1)
+    require_integer("epochs", epochs, minimum=1)
+    if epochs % every:
+        raise ValueError(f"every must divide epochs = {epochs}, got {every}")
     student_key, train_key, floss_key, test_key = jr.split(jr.key(point["seed"]), 4)
     whole = student(d_in=d_in, batch=batch, key=student_key)
     if flossing is not None:

@@ -379,7 +379,7 @@ def test_a_flossing_that_stops_is_flagged_and_training_goes_on(name, rate):
     assert not RUNS["none"](0, rate, 0.0)["diverged"].any()
 
 
-def nothing(width, memory, *, key):
+def nothing(width, memory, *, key) -> Any:
     """A layer that remembers nothing, which is compiled sooner than others."""
     return lambda stream: stream
 
