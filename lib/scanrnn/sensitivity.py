@@ -139,8 +139,8 @@ def coherence(cell: Cell, state: PyTree, inputs: PyTree, *, trainable: Any = eqx
 
     The second is what the Jacobian products alone imply. It is the trace of $S_t=D_tS_{t-1}D_t^\top+G_tG_t^\top$, so
     it costs N³ a step. Where products of Jacobians grow in the mean square, both sums overflow, the second first, in
-    single precision after some hundred steps. `trainable`, as in `equinox.filter`, says which leaves of the cell are θ. Errors raised: as
-    `parameter_sensitivity`, and `ValueError` if there are none.
+    single precision after some hundred steps. `trainable`, as in `equinox.filter`, says which leaves of the cell are θ.
+    Errors raised: as `parameter_sensitivity`, and `ValueError` if there are none.
     """
     check_differentiable(cell, state, inputs)
     chosen = jax.tree.map(eqx.is_inexact_array, eqx.filter(cell, trainable, replace=0))
