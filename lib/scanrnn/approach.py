@@ -25,15 +25,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ._checks import require_integer, require_values
 from .cells import Initializer, VanillaCell, gaussian
 from .curvature import top_eigenvalue
-from .flossing import BitReader, bit_loss, vanilla
+from .flossing import BitReader, Flossing, bit_loss, vanilla
 from .lyapunov import floss, lyapunov_exponents, mean_square_exponent
 from .recurrence import scan_cell
 from .sensitivity import coherence
 from .tasks import delayed_copy, fair_bits
 from .training import train
 
-WINDOW = 55  # steps of a flossing window, of which the first are not counted
-TRANSIENT = 16
 Inputs = Callable[[PRNGKeyArray, int], Float[Array, "time 1"]]
 Way = Callable[[VanillaCell, Array, Inputs, Array, PRNGKeyArray], VanillaCell]  # cell, state, inputs, target, key
 
@@ -61,9 +59,11 @@ def flossed(
     num_exponents: int = 1,
     steps: int = 500,
 ) -> VanillaCell:
-    """The cell after `steps` steps of flossing its k leading exponents to the target, with Adam at 1e-3."""
-    options: Any = {"num_exponents": num_exponents, "steps": steps, "transient": TRANSIENT, "target": target}
-    moved: Any = floss(cell, state, lambda k: inputs(k, WINDOW), optimizer=optax.adam(1e-3), key=key, **options)[0]
+    """The cell after `steps` steps of flossing its k leading exponents to the target; all else as in `Flossing`."""
+    how = Flossing(num_exponents)
+    options: Any = {"num_exponents": num_exponents, "steps": steps, "transient": how.transient, "target": target}
+    optimizer = optax.adam(how.learning_rate)
+    moved: Any = floss(cell, state, lambda k: inputs(k, how.length), optimizer=optimizer, key=key, **options)[0]
     return moved
 
 
