@@ -1,7 +1,9 @@
 """Settings that must be in place before NumPy or JAX is imported by any test."""
 
 import os
+import sys
 
+import pytest
 from hypothesis import settings
 
 # In CI the same cases every time: a change is judged by what it changes. Elsewhere the search goes on.
@@ -10,3 +12,15 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its pool fights XLA's inside QR: 7 to 20 times slower
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Forget, after each module, what JAX compiled for it.
+
+    Every program keeps a few of the 65,530 memory maps that Linux allows a process. The whole suite in two workers
+    came to that number, and a worker died in the middle of a compilation.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
