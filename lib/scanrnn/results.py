@@ -147,11 +147,15 @@ def series(table: Mapping[str, np.ndarray], column: str) -> tuple[np.ndarray, np
 
 
 class Interval(NamedTuple):
-    """A number with its 95 % confidence interval."""
+    """A number with its 95 % confidence interval; as a string "12.3 [11.8, 13.1]", to three digits."""
 
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        value, low, high = (np.format_float_positional(x, 3, fractional=False, trim="-") for x in self)
+        return f"{value} [{low}, {high}]"
 
 
 def share(flags: ArrayLike) -> Interval:

@@ -269,3 +269,8 @@ def test_the_bootstrapped_median_covers_as_it_says():
     assert np.isnan(results.median([1.0, np.nan]).value)
     with pytest.raises(ValueError, match=r"values must have one axis and at least one entry, got shape \(0,\)"):
         results.median([])
+
+
+def test_an_interval_reads_as_a_number_and_its_range():
+    assert str(results.Interval(957.321, 881.4, 1304.6)) == "957 [881, 1300]"
+    assert f"{results.Interval(0.5, -0.25, float('nan'))}" == "0.5 [-0.25, nan]"
